@@ -1,0 +1,7 @@
+"""Fused kernels for the inner loops of published diffusion methods."""
+
+from sdcore import ops
+from sdcore.backends import backend
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "backend", "ops"]

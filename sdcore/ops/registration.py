@@ -1,0 +1,51 @@
+"""Registering flat ops with PyTorch.
+
+``Library.define`` with ``impl`` costs a quarter of ``torch.library.custom_op`` a call. One
+kernel serves all devices: ``backends.run`` picks the implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sdcore import backends
+
+LIBRARY = torch.library.Library("sdcore", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the flat op ``schema``; ``fake`` gives its outputs' shapes, dtypes and strides."""
+    name = schema.split("(")[0]
+
+    def kernel(*args: Any) -> Any:
+        return backends.run(name, *args)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sdcore::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.sdcore, name).default
+
+
+def gradient(op: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]) -> None:
+    """Register ``backward(ctx, *grads)`` for ``op``, with ``save(ctx, inputs, output)``."""
+    torch.library.register_autograd(op, backward, setup_context=save, lib=LIBRARY)
+
+
+def once_differentiable(op: Callable[..., Any], name: str) -> None:
+    """``op`` is the backward of the public op ``name``: a second derivative raises."""
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        return None
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise no_second_derivative(name)
+
+    gradient(op, backward, save)
+
+
+def no_second_derivative(name: str) -> RuntimeError:
+    """The error of every op whose gradient is not differentiable."""
+    return RuntimeError(f"sdcore.ops.{name} has no second derivative: its gradient is not differentiable")
