@@ -679,3 +679,156 @@ def _exact_slopes(
     slope_x = torch.empty_like(slope_x).scatter_(-1, px.argsort(-1), slope_x)
     slope_y = torch.empty_like(slope_y).scatter_(-1, py.argsort(-1), slope_y)
     return values, slope_x, slope_y
+
+
+# C++. `sdcore._cpu` takes addresses: the tensors must outlive the call, hence the local names.
+
+
+def _described(points: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+    return (
+        points.data_ptr(),
+        str(points.dtype).removeprefix("torch."),
+        tuple(points.shape),
+        points.stride(),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@backends.register("sliced_wasserstein_binned", "cpp")
+def _binned_cpp(
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    bins: int,
+    value_range: list[float] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_weights(weights_x, weights_y)
+    outputs = _fake_binned(x, y, directions, weights_x, weights_y, p, bins, value_range)
+    directions = directions.contiguous()
+    weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
+    if x.shape[0]:
+        backends.cpu_module().sliced_wasserstein_binned(
+            _described(x),
+            _described(y),
+            directions.data_ptr(),
+            directions.shape[0],
+            _address(weights_x),
+            _address(weights_y),
+            p,
+            bins,
+            None if value_range is None else tuple(value_range),
+            *(output.data_ptr() for output in outputs),
+            torch.get_num_threads(),
+        )
+    return outputs
+
+
+@backends.register("sliced_wasserstein_binned_backward", "cpp")
+def _binned_backward_cpp(
+    grad: Tensor,
+    points: Tensor,
+    directions: Tensor,
+    weights: Tensor | None,
+    table: Tensor,
+    edges: Tensor,
+) -> Tensor:
+    out = torch.empty_like(points)
+    grad, directions = grad.contiguous(), directions.contiguous()
+    table, edges, weights = table.contiguous(), edges.contiguous(), _contiguous(weights)
+    if points.shape[0]:
+        backends.cpu_module().sliced_wasserstein_binned_backward(
+            grad.data_ptr(),
+            _described(points),
+            directions.data_ptr(),
+            directions.shape[0],
+            _address(weights),
+            table.data_ptr(),
+            edges.data_ptr(),
+            table.shape[-1],
+            _described(out),
+            torch.get_num_threads(),
+        )
+    return out
+
+
+@backends.register("sliced_wasserstein_exact", "cpp")
+def _exact_cpp(
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    reduce: bool,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_y = need_x and reduce, need_y and reduce
+    values, grad_x, grad_y = _sort_cpp(
+        None, x, y, directions, weights_x, weights_y, p, need_x, need_y
+    )
+    return values.sum(-1) if reduce else values, grad_x, grad_y
+
+
+@backends.register("sliced_wasserstein_exact_backward", "cpp")
+def _exact_backward_cpp(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    _, grad_x, grad_y = _sort_cpp(
+        grad.contiguous(), x, y, directions, weights_x, weights_y, p, need_x, need_y
+    )
+    return grad_x, grad_y
+
+
+def _sort_cpp(
+    grad: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [B, L], and the gradients of their sum weighted by ``grad`` (None: by one)."""
+    _check_weights(weights_x, weights_y)
+    values = directions.new_empty(x.shape[0], directions.shape[0])
+    grad_x = directions.new_empty(x.shape if need_x else (0,))
+    grad_y = directions.new_empty(y.shape if need_y else (0,))
+    directions = directions.contiguous()
+    weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
+    if x.shape[0]:
+        backends.cpu_module().sliced_wasserstein_exact(
+            _described(x),
+            _described(y),
+            directions.data_ptr(),
+            directions.shape[0],
+            _address(weights_x),
+            _address(weights_y),
+            p,
+            _address(grad),
+            values.data_ptr(),
+            grad_x.data_ptr(),
+            grad_y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return values, grad_x, grad_y

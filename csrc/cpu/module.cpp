@@ -1,0 +1,90 @@
+// sdcore._cpu. Tensors arrive as addresses, sizes and strides; the Python side has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <string>
+
+#include "sliced_wasserstein.h"
+
+namespace py = pybind11;
+using sdcore::Format;
+using sdcore::Points;
+
+namespace {
+
+// (address, format, [batch, count, dim], strides in elements)
+using PointsArgument =
+    std::tuple<uintptr_t, std::string, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+using Address = uintptr_t;  // 0 for an absent tensor
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Format to_format(const std::string& name) {
+  if (name == "float32") return Format::float32;
+  if (name == "float64") return Format::float64;
+  if (name == "float16") return Format::float16;
+  if (name == "bfloat16") return Format::bfloat16;
+  throw py::value_error("unknown format " + name);
+}
+
+Points to_points(const PointsArgument& argument) {
+  const auto& [address, format, shape, stride] = argument;
+  return {at<void>(address), to_format(format), shape[0],
+          shape[1],          shape[2],          {stride[0], stride[1], stride[2]}};
+}
+
+void binned(const PointsArgument& x, const PointsArgument& y, Address directions,
+            int64_t directions_count, Address weights_x, Address weights_y, int p, int64_t bins,
+            std::optional<std::pair<double, double>> range, Address values, Address table_x,
+            Address table_y, Address edges, int threads) {
+  const sdcore::BinnedArguments arguments{
+      to_points(x),          to_points(y),
+      at<void>(directions),  directions_count,
+      at<double>(weights_x), at<double>(weights_y),
+      p,                     bins,
+      range.has_value(),     range ? range->first : 0,
+      range ? range->second : 0,
+      at<void>(values),      at<void>(table_x),
+      at<void>(table_y),     at<void>(edges),
+      threads};
+  const py::gil_scoped_release release;
+  sdcore::binned(arguments);
+}
+
+void binned_backward(Address grad, const PointsArgument& points, Address directions,
+                     int64_t directions_count, Address weights, Address table, Address edges,
+                     int64_t bins, const PointsArgument& out, int threads) {
+  const sdcore::BinnedBackwardArguments arguments{
+      at<void>(grad),  to_points(points), at<void>(directions), directions_count,
+      at<double>(weights), at<void>(table), at<void>(edges),    bins,
+      to_points(out),  threads};
+  const py::gil_scoped_release release;
+  sdcore::binned_backward(arguments);
+}
+
+void exact(const PointsArgument& x, const PointsArgument& y, Address directions,
+           int64_t directions_count, Address weights_x, Address weights_y, int p, Address grad,
+           Address values, Address grad_x, Address grad_y, int threads) {
+  const sdcore::ExactArguments arguments{to_points(x),          to_points(y),
+                                         at<void>(directions),  directions_count,
+                                         at<double>(weights_x), at<double>(weights_y),
+                                         p,                     at<void>(grad),
+                                         at<void>(values),      at<void>(grad_x),
+                                         at<void>(grad_y),      threads};
+  const py::gil_scoped_release release;
+  sdcore::exact(arguments);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.attr("version") = SDCORE_VERSION;
+  m.def("sliced_wasserstein_binned", &binned);
+  m.def("sliced_wasserstein_binned_backward", &binned_backward);
+  m.def("sliced_wasserstein_exact", &exact);
+}

@@ -1,0 +1,39 @@
+// Vectors of 64 bytes, and one copy of a function per instruction set, chosen when it is loaded.
+#pragma once
+
+#include <cstdint>
+
+// GCC warns that passing such vectors by value depends on the instruction set; every function
+// that does so here is inlined into its caller.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SDCORE_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SDCORE_CLONES
+#endif
+#define SDCORE_INLINE inline __attribute__((always_inline))
+
+namespace sdcore {
+
+template <typename Real>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int width = 16;
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef int32_t Index __attribute__((vector_size(64)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int width = 8;
+  typedef double Vector __attribute__((vector_size(64)));
+  typedef int64_t Index __attribute__((vector_size(64)));
+};
+
+}  // namespace sdcore
