@@ -832,3 +832,21 @@ def _sort_cpp(
             torch.get_num_threads(),
         )
     return values, grad_x, grad_y
+
+
+# Triton. The import waits for a call: Triton may not be installed.
+
+
+@backends.register("sliced_wasserstein_binned", "triton")
+def _binned_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sdcore.triton_kernels import sliced_wasserstein as kernels
+
+    _check_weights(args[3], args[4])
+    return kernels.binned(*args)
+
+
+@backends.register("sliced_wasserstein_binned_backward", "triton")
+def _binned_backward_triton(*args: Any) -> Tensor:
+    from sdcore.triton_kernels import sliced_wasserstein as kernels
+
+    return kernels.binned_backward(*args)
