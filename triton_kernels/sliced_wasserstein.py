@@ -11,148 +11,117 @@ Points are read in any strides and dtype; arithmetic is that of ``directions``.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Up to this many coordinates of a point stay in registers for all directions; beyond, they are
-# read again for each.
-MOST_IN_REGISTERS = 4
-# A histogram in shared memory takes 4 bytes a bin; beyond, points are counted in global memory.
-MOST_SHARED_BINS = 8192
+# Points of up to this many coordinates are projected in the kernels, in registers. Beyond, a
+# matrix product projects them, a bounded number of points at a time.
+MOST_COORDINATES = 4
+PROJECTIONS_AT_ONCE = 1 << 24
 # Weights are added as integers of 2^-62, so that the sum does not depend on the order.
 WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
-# Programs that one launch aims at: a few waves of a large GPU.
-PROGRAMS = 2048
+# Directions and warps of a program; its points are in _points.
+DIRECTIONS = 8
+WARPS = 4
+# Bins that one program holds at a time when it solves a direction's problem.
+BINS = 1024
 
 
 @triton.jit
-def _coordinate(points, batch, rows, valid, k, stride_b, stride_n, stride_d, REAL: tl.constexpr):
-    """Coordinate k of the points ``rows``; zero where not valid."""
-    at = batch.to(tl.int64) * stride_b + rows.to(tl.int64) * stride_n + k * stride_d
-    return tl.load(points + at, mask=valid, other=0.0).to(REAL)
-
-
-@triton.jit
-def _coordinates(points, batch, rows, valid, sb, sn, sd, D: tl.constexpr, REAL: tl.constexpr):
-    """The first four coordinates, as far as there are so many."""
-    x0 = _coordinate(points, batch, rows, valid, 0, sb, sn, sd, REAL)
-    x1 = x0
-    x2 = x0
-    x3 = x0
-    if D > 1:
-        x1 = _coordinate(points, batch, rows, valid, 1, sb, sn, sd, REAL)
-    if D > 2:
-        x2 = _coordinate(points, batch, rows, valid, 2, sb, sn, sd, REAL)
-    if D > 3:
-        x3 = _coordinate(points, batch, rows, valid, 3, sb, sn, sd, REAL)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _project(
-    x0, x1, x2, x3, points, batch, rows, valid, direction, sb, sn, sd,
-    D: tl.constexpr, IN_REGISTERS: tl.constexpr, REAL: tl.constexpr,
+def _projections(
+    points, directions, b, l, rows, inside, sb, sn, sd,
+    D: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """The points' projections to the direction that starts at ``direction``."""
-    value = x0 * tl.load(direction)
-    if IN_REGISTERS:
-        if D > 1:
-            value += x1 * tl.load(direction + 1)
-        if D > 2:
-            value += x2 * tl.load(direction + 2)
-        if D > 3:
-            value += x3 * tl.load(direction + 3)
+    """Projections [directions, points] of the points ``rows`` to the directions ``l``.
+
+    PROJECTED: ``points`` holds projections already, a direction in the place of a coordinate.
+    """
+    REAL: tl.constexpr = directions.dtype.element_ty
+    at = points + b.to(tl.int64) * sb + rows.to(tl.int64)[None, :] * sn
+    if PROJECTED:
+        value = tl.load(at + l[:, None].to(tl.int64) * sd, mask=inside, other=0.0).to(REAL)
     else:
-        for k in range(1, D):
-            x = _coordinate(points, batch, rows, valid, k, sb, sn, sd, REAL)
-            value += x * tl.load(direction + k)
+        value = tl.zeros(inside.shape, REAL)
+        # A mask of points alone keeps the loads one-dimensional: one for all directions.
+        valid = tl.max(inside.to(tl.int32), 0)[None, :] > 0
+        for k in tl.static_range(D):
+            x = tl.load(at + k * sd, mask=valid, other=0.0).to(REAL)
+            value += x * tl.load(directions + l * D + k)[:, None]
     return value
 
 
 @triton.jit
-def _bin(projection, low, high, bins):
-    """Bin of each projection, and the position it was made from; NaN goes to bin 0."""
+def _bins(projection, low, high, bins):
+    """Bin of each projection, and whether it is finite. Those that are not go to bin 0 or last."""
     scale = tl.where(high > low, bins / (high - low), 0.0)
-    position = (projection - low) * scale
+    position = (projection - low[:, None]) * scale[:, None]
+    finite = tl.abs(position) < float("inf")  # false for NaN
     inside = tl.minimum(tl.where(position > 0, position, 0.0), bins - 1)
-    return inside.to(tl.int32), position
+    return inside.to(tl.int32), finite
 
 
 @triton.jit
 def range_kernel(
-    points, directions, edges, n, count_l, chunk, sb, sn, sd,
-    D: tl.constexpr, IN_REGISTERS: tl.constexpr, BLOCK: tl.constexpr,
+    points, directions, least, most, n, count_l, blocks, sb, sn, sd,
+    D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """edges[b, chunk, l] = least and greatest projection of a chunk of points."""
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    l = tl.program_id(1)  # noqa: E741
-    b = tl.program_id(2)
-    REAL: tl.constexpr = directions.dtype.element_ty
-    least = tl.full([BLOCK], float("inf"), REAL)
-    most = tl.full([BLOCK], float("-inf"), REAL)
-    begin = part * chunk
-    for first in range(begin, min(begin + chunk, n), BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        valid = rows < n
-        x0, x1, x2, x3 = _coordinates(points, b, rows, valid, sb, sn, sd, D, REAL)
-        value = _project(
-            x0, x1, x2, x3, points, b, rows, valid, directions + l * D, sb, sn, sd,
-            D, IN_REGISTERS, REAL,
-        )  # fmt: skip
-        least = tl.where(valid & (value < least), value, least)
-        most = tl.where(valid & (value > most), value, most)
-    at = ((b * parts + part).to(tl.int64) * count_l + l) * 2
-    tl.store(edges + at, tl.min(least))
-    tl.store(edges + at + 1, tl.max(most))
+    """least, most [b, block, l]: the ends of the projections of each block of points."""
+    block = tl.program_id(0) % blocks
+    b = tl.program_id(0) // blocks
+    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    rows = block * POINTS + tl.arange(0, POINTS)
+    known = l < count_l
+    l = tl.where(known, l, 0)  # noqa: E741
+    inside = known[:, None] & (rows < n)[None, :]
+    value = _projections(
+        points, directions, b, l, rows, inside, sb, sn, sd, D, PROJECTED
+    )  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * count_l + l
+    tl.store(least + at, tl.min(tl.where(inside, value, float("inf")), 1), mask=known)
+    tl.store(most + at, tl.max(tl.where(inside, value, float("-inf")), 1), mask=known)
 
 
 @triton.jit
 def histogram_kernel(
-    points, directions, weights, edges, histogram, poison, n, count_l, chunk, sb, sn, sd, bins,
-    D: tl.constexpr, IN_REGISTERS: tl.constexpr, SHARED_BINS: tl.constexpr, BLOCK: tl.constexpr,
+    points, directions, weights, edges, histogram, poison, n, first, count_n, count_l, blocks,
+    sb, sn, sd, bins,
+    D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a chunk of points to histogram[b, l]; marks poison[b, l] if one is not finite.
+    """Adds points to histogram[b, l]; marks poison[b, l] if a projection is not finite.
 
-    SHARED_BINS: the power of two in which the bins fit a histogram in shared memory, or 0 to
-    count in global memory. With weights, the histogram is 64-bit and in global memory.
+    ``points`` holds ``n`` of ``count_n`` points, from point ``first`` on; the weights are of all.
     """
-    part = tl.program_id(0)
-    l = tl.program_id(1)  # noqa: E741
-    b = tl.program_id(2)
-    REAL: tl.constexpr = directions.dtype.element_ty
+    block = tl.program_id(0) % blocks
+    b = tl.program_id(0) // blocks
+    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    rows = block * POINTS + tl.arange(0, POINTS)
+    known = l < count_l
+    l = tl.where(known, l, 0)  # noqa: E741
+    inside = known[:, None] & (rows < n)[None, :]
+    value = _projections(points, directions, b, l, rows, inside, sb, sn, sd, D, PROJECTED)
     slot = b.to(tl.int64) * count_l + l
-    low = tl.load(edges + slot * 2)
-    high = tl.load(edges + slot * 2 + 1)
-    target = histogram + slot * bins
-    bad = tl.zeros([BLOCK], tl.int32)
-    counts = tl.zeros([SHARED_BINS if SHARED_BINS else 1], tl.int32)
-    begin = part * chunk
-    for first in range(begin, min(begin + chunk, n), BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        valid = rows < n
-        x0, x1, x2, x3 = _coordinates(points, b, rows, valid, sb, sn, sd, D, REAL)
-        value = _project(
-            x0, x1, x2, x3, points, b, rows, valid, directions + l * D, sb, sn, sd,
-            D, IN_REGISTERS, REAL,
+    index, finite = _bins(
+        value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins
+    )  # fmt: skip
+    bad = ~finite
+    target = histogram + slot[:, None] * bins + index
+    if weights is not None:
+        at = weights + b.to(tl.int64) * count_n + first + rows
+        mass = tl.load(at, mask=rows < n, other=0.0)[None, :]
+        bad |= mass != mass
+        mass = tl.where(mass > 0, mass, 0.0)
+        tl.atomic_add(
+            target, (mass * WEIGHT_UNIT).to(tl.int64).broadcast_to(inside.shape), mask=inside,
+            sem="relaxed",
         )  # fmt: skip
-        index, position = _bin(value, low, high, bins)
-        bad |= (valid & ~(tl.abs(position) < float("inf"))).to(tl.int32)
-        if weights is not None:
-            mass = tl.load(weights + b.to(tl.int64) * n + rows, mask=valid, other=0.0)
-            bad |= (mass != mass).to(tl.int32)
-            tl.atomic_add(target + index, (mass * WEIGHT_UNIT).to(tl.int64), mask=valid)
-        elif SHARED_BINS:
-            counts += tl.histogram(index, SHARED_BINS, mask=valid)
-        else:
-            tl.atomic_add(target + index, 1, mask=valid)
-    if SHARED_BINS:
-        columns = tl.arange(0, SHARED_BINS)
-        tl.atomic_add(target + columns, counts, mask=(columns < bins) & (counts > 0))
-    tl.atomic_max(poison + slot, tl.max(bad))
+    else:
+        tl.atomic_add(target, tl.full(inside.shape, 1, tl.int32), mask=inside, sem="relaxed")
+    marks = (poison + slot)[:, None].broadcast_to(inside.shape)
+    tl.store(marks, tl.full(inside.shape, 1, tl.int32), mask=inside & bad)
 
 
 @triton.jit
@@ -310,51 +279,75 @@ def solve_2_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad, points, directions, weights, table, edges, out, n, count_l, sb, sn, sd, ob, on, od, bins,
-    first_k,
-    D: tl.constexpr, IN_REGISTERS: tl.constexpr, OUT_D: tl.constexpr, BLOCK: tl.constexpr,
+    grad, points, directions, weights, table, edges, out, n, count_l, blocks,
+    sb, sn, sd, ob, on, od, bins,
+    D: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates first_k to first_k + OUT_D (at most 4) of the gradient of a block of points."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1)
+    """The gradient of a block of points of up to four coordinates, summed over all directions."""
+    block = tl.program_id(0) % blocks
+    b = tl.program_id(0) // blocks
+    rows = block * POINTS + tl.arange(0, POINTS)
     valid = rows < n
     REAL: tl.constexpr = directions.dtype.element_ty
-    x0, x1, x2, x3 = _coordinates(points, b, rows, valid, sb, sn, sd, D, REAL)
-    sum0 = tl.zeros([BLOCK], REAL)
-    sum1 = tl.zeros([BLOCK], REAL)
-    sum2 = tl.zeros([BLOCK], REAL)
-    sum3 = tl.zeros([BLOCK], REAL)
-    for l in range(count_l):  # noqa: E741
+    sum0 = tl.zeros([POINTS], REAL)
+    sum1 = sum0
+    sum2 = sum0
+    sum3 = sum0
+    for group in range(0, count_l, DIRECTIONS):
+        l = group + tl.arange(0, DIRECTIONS)  # noqa: E741
+        known = l < count_l
+        l = tl.where(known, l, 0)  # noqa: E741
+        inside = known[:, None] & valid[None, :]
+        value = _projections(points, directions, b, l, rows, inside, sb, sn, sd, D, False)
         slot = b.to(tl.int64) * count_l + l
-        direction = directions + l * D
-        value = _project(
-            x0, x1, x2, x3, points, b, rows, valid, direction, sb, sn, sd, D, IN_REGISTERS, REAL
-        )
-        low = tl.load(edges + slot * 2)
-        high = tl.load(edges + slot * 2 + 1)
-        index, _ = _bin(value, low, high, bins)
-        slope = tl.load(table + slot * bins + index) * tl.load(grad + slot)
-        pull = direction + first_k
-        sum0 += slope * tl.load(pull)
-        if OUT_D > 1:
-            sum1 += slope * tl.load(pull + 1)
-        if OUT_D > 2:
-            sum2 += slope * tl.load(pull + 2)
-        if OUT_D > 3:
-            sum3 += slope * tl.load(pull + 3)
+        slope = _slopes(value, grad, table, edges, slot, inside, bins)
+        pull = directions + l * D
+        sum0 += tl.sum(slope * tl.load(pull)[:, None], 0)
+        if D > 1:
+            sum1 += tl.sum(slope * tl.load(pull + 1)[:, None], 0)
+        if D > 2:
+            sum2 += tl.sum(slope * tl.load(pull + 2)[:, None], 0)
+        if D > 3:
+            sum3 += tl.sum(slope * tl.load(pull + 3)[:, None], 0)
     if weights is not None:
         mass = tl.load(weights + b.to(tl.int64) * n + rows, mask=valid, other=0.0).to(REAL)
     else:
         mass = 1.0 / n.to(REAL)
-    at = out + b.to(tl.int64) * ob + rows.to(tl.int64) * on + first_k * od
+    at = out + b.to(tl.int64) * ob + rows.to(tl.int64) * on
     kind: tl.constexpr = out.dtype.element_ty
     tl.store(at, (sum0 * mass).to(kind), mask=valid)
-    if OUT_D > 1:
+    if D > 1:
         tl.store(at + od, (sum1 * mass).to(kind), mask=valid)
-    if OUT_D > 2:
+    if D > 2:
         tl.store(at + 2 * od, (sum2 * mass).to(kind), mask=valid)
-    if OUT_D > 3:
+    if D > 3:
         tl.store(at + 3 * od, (sum3 * mass).to(kind), mask=valid)
+
+
+@triton.jit
+def _slopes(value, grad, table, edges, slot, inside, bins):
+    index, _ = _bins(value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins)
+    slope = tl.load(table + slot[:, None] * bins + index, mask=inside, other=0.0)
+    return slope * tl.load(grad + slot)[:, None]
+
+
+@triton.jit
+def slope_kernel(
+    grad, projections, directions, table, edges, n, count_l, blocks, sb, sl, bins,
+    DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """Replaces projections [b, l, n] by the derivative of the loss to them, per unit of mass."""
+    block = tl.program_id(0) % blocks
+    b = tl.program_id(0) // blocks
+    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    rows = block * POINTS + tl.arange(0, POINTS)
+    known = l < count_l
+    l = tl.where(known, l, 0)  # noqa: E741
+    inside = known[:, None] & (rows < n)[None, :]
+    value = _projections(projections, directions, b, l, rows, inside, sb, 1, sl, 1, True)
+    slope = _slopes(value, grad, table, edges, b.to(tl.int64) * count_l + l, inside, bins)
+    at = projections + b.to(tl.int64) * sb + l[:, None].to(tl.int64) * sl + rows[None, :]
+    tl.store(at, slope, mask=inside)
 
 
 def binned(
@@ -402,19 +395,38 @@ def binned_backward(
     batch, n, d = points.shape
     if batch == 0:
         return out
+    grad, directions = grad.contiguous(), directions.contiguous()
+    table, edges = table.contiguous(), edges.contiguous()
+    count_l, bins = table.shape[1:]
     with _on(points):
-        # Beyond four coordinates, a launch per four of them: each finds the bins again.
-        for first in range(0, d, MOST_IN_REGISTERS):
-            block = 1024
-            backward_kernel[(triton.cdiv(n, block), batch)](
-                grad.contiguous(), points, directions.contiguous(),
-                None if weights is None else weights.contiguous(),
-                table.contiguous(), edges.contiguous(), out,
-                n, directions.shape[0], *points.stride(), *out.stride(), table.shape[-1], first,
-                D=d, IN_REGISTERS=d <= MOST_IN_REGISTERS,
-                OUT_D=min(d - first, MOST_IN_REGISTERS), BLOCK=block, num_warps=8,
+        if d <= MOST_COORDINATES:
+            blocks = triton.cdiv(n, _points(directions))
+            backward_kernel[(blocks * batch,)](
+                grad, points, directions, None if weights is None else weights.contiguous(),
+                table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), bins,
+                D=d, DIRECTIONS=DIRECTIONS, POINTS=_points(directions), num_warps=WARPS,
             )  # fmt: skip
+            return out
+        for first, slopes in _projected(points, directions):
+            count = slopes.shape[-1]
+            blocks = triton.cdiv(count, _points(directions))
+            slope_kernel[(blocks * batch, triton.cdiv(count_l, DIRECTIONS))](
+                grad, slopes, directions, table, edges, count, count_l, blocks,
+                slopes.stride(0), slopes.stride(1), bins,
+                DIRECTIONS=DIRECTIONS, POINTS=_points(directions), num_warps=WARPS,
+            )  # fmt: skip
+            pulled = slopes.mT @ directions
+            if weights is None:
+                pulled /= n
+            else:
+                pulled *= weights[:, first : first + count, None]
+            out[:, first : first + count] = pulled
     return out
+
+
+def _points(directions: Tensor) -> int:
+    """Points of a program. Float64 takes two registers a number: 512 spill on sm_120."""
+    return 256 if directions.dtype == torch.float64 else 512
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -422,28 +434,40 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _chunks(n: int, others: int, block: int) -> tuple[int, int]:
-    """How many chunks the points are cut into, and the points in each, a multiple of ``block``."""
-    wanted = max(1, PROGRAMS // others)
-    chunk = triton.cdiv(triton.cdiv(n, wanted), block) * block
-    return triton.cdiv(n, chunk), chunk
+def _projected(points: Tensor, directions: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Projections [B, L, some] of consecutive points, and the number of the first of them."""
+    batch, n, _ = points.shape
+    some = max(1, PROJECTIONS_AT_ONCE // (batch * directions.shape[0]))
+    for first in range(0, n, some):
+        part = points[:, first : first + some].to(directions.dtype)
+        with torch.autocast(points.device.type, enabled=False):
+            yield first, (directions @ part.mT).contiguous()
+
+
+def _passes(points: Tensor, directions: Tensor) -> Iterator[tuple[int, int, Tensor, bool]]:
+    """First point, count, what a kernel reads, and whether that is projections."""
+    if points.shape[-1] <= MOST_COORDINATES:
+        yield 0, points.shape[1], points, False
+        return
+    for first, projections in _projected(points, directions):
+        yield first, projections.shape[-1], projections.mT, True
 
 
 def _edges_of_data(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     count_l, d = directions.shape
-    found = []
-    block = 1024
+    least, most = [], []
     for points in (x, y):
-        batch, n, _ = points.shape
-        parts, chunk = _chunks(n, count_l * batch, block)
-        edges = directions.new_empty(batch, parts, count_l, 2)
-        range_kernel[(parts, count_l, batch)](
-            points, directions, edges, n, count_l, chunk, *points.stride(),
-            D=d, IN_REGISTERS=d <= MOST_IN_REGISTERS, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        found.append(edges)
-    both = torch.cat(found, 1)
-    return torch.stack([both[..., 0].amin(1), both[..., 1].amax(1)], -1)
+        batch = points.shape[0]
+        for _, n, source, projected in _passes(points, directions):
+            blocks = triton.cdiv(n, _points(directions))
+            ends = directions.new_empty(2, batch, blocks, count_l)
+            range_kernel[(blocks * batch, triton.cdiv(count_l, DIRECTIONS))](
+                source, directions, ends[0], ends[1], n, count_l, blocks, *source.stride(),
+                D=d, PROJECTED=projected, DIRECTIONS=DIRECTIONS, POINTS=_points(directions), num_warps=WARPS,
+            )  # fmt: skip
+            least.append(ends[0].amin(1))
+            most.append(ends[1].amax(1))
+    return torch.stack([torch.stack(least).amin(0), torch.stack(most).amax(0)], -1)
 
 
 def _edges_of_box(directions: Tensor, value_range: list[float], batch: int) -> Tensor:
@@ -461,21 +485,18 @@ def _histogram(
     poison: Tensor,
     bins: int,
 ) -> Tensor:
-    batch, n, d = points.shape
+    batch, count_n, d = points.shape
     count_l = directions.shape[0]
-    shared = weights is None and bins <= MOST_SHARED_BINS
-    histogram = torch.zeros(
-        batch, count_l, bins, device=points.device,
-        dtype=torch.int32 if weights is None else torch.int64,
-    )  # fmt: skip
-    block = 2048
-    parts, chunk = _chunks(n, count_l * batch, block)
-    histogram_kernel[(parts, count_l, batch)](
-        points, directions, None if weights is None else weights.contiguous(), edges, histogram,
-        poison, n, count_l, chunk, *points.stride(), bins,
-        D=d, IN_REGISTERS=d <= MOST_IN_REGISTERS,
-        SHARED_BINS=triton.next_power_of_2(bins) if shared else 0, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    weights = None if weights is None else weights.contiguous()
+    kind = torch.int32 if weights is None else torch.int64
+    histogram = torch.zeros(batch, count_l, bins, device=points.device, dtype=kind)
+    for first, n, source, projected in _passes(points, directions):
+        blocks = triton.cdiv(n, _points(directions))
+        histogram_kernel[(blocks * batch, triton.cdiv(count_l, DIRECTIONS))](
+            source, directions, weights, edges, histogram, poison, n, first, count_n, count_l,
+            blocks, *source.stride(), bins,
+            D=d, PROJECTED=projected, DIRECTIONS=DIRECTIONS, POINTS=_points(directions), num_warps=WARPS,
+        )  # fmt: skip
     return histogram
 
 
@@ -488,9 +509,8 @@ def _solve_1(
     bins: int,
 ) -> None:
     solve_1_kernel[(values.numel(),)](
-        *histograms, edges, poison, values, *tables, bins,
-        BLOCK=min(4096, triton.next_power_of_2(bins)), num_warps=8,
-    )  # fmt: skip
+        *histograms, edges, poison, values, *tables, bins, BLOCK=BINS, num_warps=8
+    )
 
 
 def _solve_2(
@@ -501,11 +521,12 @@ def _solve_2(
     tables: list[Tensor],
     bins: int,
 ) -> None:
-    block = min(1024, triton.next_power_of_2(bins))
     sides = []
     for histogram in histograms:
         moments = torch.empty(3, *histogram.shape, dtype=torch.float64, device=histogram.device)
-        moments_kernel[(values.numel(),)](histogram, *moments, bins, BLOCK=block, num_warps=8)
+        moments_kernel[(values.numel(),)](
+            histogram, *moments, bins, BLOCK=BINS, num_warps=8
+        )  # fmt: skip
         sides.append(moments)
     steps = bins.bit_length()
     for this, other, table, has_values in (
@@ -514,5 +535,5 @@ def _solve_2(
     ):
         solve_2_kernel[(values.numel(),)](
             this[0], *other, edges, poison, values, table, bins, steps,
-            HAS_VALUES=has_values, BLOCK=block, num_warps=8,
+            HAS_VALUES=has_values, BLOCK=BINS, num_warps=8,
         )  # fmt: skip

@@ -16,15 +16,20 @@ from sdcore import backends
 LIBRARY = torch.library.Library("sdcore", "DEF")
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the flat op ``schema``; ``fake`` gives its outputs' shapes, dtypes and strides."""
+def define(
+    schema: str, fake: Callable[..., Any], kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Register the flat op ``schema``; ``fake`` gives its outputs' shapes, dtypes and strides.
+
+    Without ``kernel``, the implementations are those registered with ``backends``.
+    """
     name = schema.split("(")[0]
 
-    def kernel(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         return backends.run(name, *args)
 
     LIBRARY.define(schema)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel or run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sdcore::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sdcore, name).default
 

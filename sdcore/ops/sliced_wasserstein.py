@@ -238,7 +238,8 @@ def tie_average(values: Tensor, mass: Tensor) -> Tensor:
 
 def tie_groups(values: Tensor) -> Tensor:
     """Sorted values numbered so that equal ones have equal numbers."""
-    return (values.diff(dim=-1, prepend=values[..., :1]) != 0).cumsum(-1)
+    starts = torch.nn.functional.pad(values[..., 1:] != values[..., :-1], (1, 0))
+    return starts.cumsum(-1)
 
 
 def nan_unless_finite(*tensors: Tensor) -> Tensor:
@@ -409,18 +410,16 @@ _binned_backward = registration.define(
 
 def _save_binned(ctx: Any, inputs: Any, output: Any) -> None:
     x, y, directions, weights_x, weights_y, *_ = inputs
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, y, directions, weights_x, weights_y, *output[1:])
 
 
-def _differentiate_binned(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
-    if any(other is not None for other in others):
-        raise registration.no_second_derivative("sliced_wasserstein")
+def _differentiate_binned(ctx: Any, grad: Tensor, *_: Any) -> Any:
     x, y, directions, weights_x, weights_y, table_x, table_y, edges = ctx.saved_tensors
     grad_x = grad_y = None
-    if grad is not None and ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0]:
         grad_x = _binned_backward(grad, x, directions, weights_x, table_x, edges)
-    if grad is not None and ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1]:
         grad_y = _binned_backward(grad, y, directions, weights_y, table_y, edges)
     return grad_x, grad_y, None, None, None, None, None, None
 
@@ -483,37 +482,47 @@ _exact_backward = registration.define(
 )
 
 
+def _scale(grad: Tensor, gradient: Tensor, points: Tensor) -> Tensor:
+    return (grad[:, None, None] * gradient).to(points.dtype)
+
+
+# The gradient to one side's points, from that of the reduced values [B] and what the forward kept.
+# An op, though a product, for `gradient` depends on the points: to autograd it would be constant.
+_exact_scale = registration.define(
+    "sliced_wasserstein_exact_scale(Tensor grad, Tensor gradient, Tensor points) -> Tensor",
+    _scale,
+    _scale,
+)
+
+
 def _save_exact(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, p, reduce, need_x, need_y = inputs
-    ctx.set_materialize_grads(False)
     ctx.p, ctx.reduce = p, reduce
-    ctx.saved = reduce and need_x, reduce and need_y
+    ctx.kept = reduce and need_x, reduce and need_y
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate_exact(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
-    if any(other is not None for other in others):
-        raise registration.no_second_derivative("sliced_wasserstein")
-    x, y, directions, weights_x, weights_y, *saved = ctx.saved_tensors
+def _differentiate_exact(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    x, y, directions, weights_x, weights_y, *kept = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:2]
     grads: list[Tensor | None] = [None, None]
-    if grad is not None:
-        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-        if all(have for have, need in zip(ctx.saved, needed, strict=True) if need):
-            for side in (0, 1):
-                if needed[side]:
-                    grads[side] = grad[:, None, None] * saved[side]
-        else:
-            per_direction = grad[:, None].expand(-1, directions.shape[0]) if ctx.reduce else grad
-            found = _exact_backward(
-                per_direction, x, y, directions, weights_x, weights_y, ctx.p, *needed
-            )
-            grads = [found[side] if needed[side] else None for side in (0, 1)]
-    grad_x, grad_y = (None if g is None else g.to(x.dtype) for g in grads)
-    return grad_x, grad_y, None, None, None, None, None, None, None
+    if all(have for have, need in zip(ctx.kept, needed, strict=True) if need):
+        for side, points in enumerate((x, y)):
+            if needed[side]:
+                grads[side] = _exact_scale(grad, kept[side], points)
+    else:
+        per_direction = grad[:, None].expand(-1, directions.shape[0]) if ctx.reduce else grad
+        found = _exact_backward(
+            per_direction, x, y, directions, weights_x, weights_y, ctx.p, *needed
+        )
+        grads = [found[side].to(x.dtype) if needed[side] else None for side in (0, 1)]
+    return *grads, None, None, None, None, None, None, None
 
 
 registration.gradient(_exact, _differentiate_exact, _save_exact)
 registration.once_differentiable(_exact_backward, "sliced_wasserstein")
+registration.once_differentiable(_exact_scale, "sliced_wasserstein")
 
 
 # Plain PyTorch. Gradients are written out, since autograd does not record inside a flat op; the

@@ -1,0 +1,195 @@
+"""Compile every Triton kernel for every chip, without one: ``python -m tests.aot``.
+
+The interpreter shows that a kernel computes the right thing; it cannot show that it compiles,
+fits a chip's shared memory and keeps its registers. Here the launchers run with recording in the
+place of launching, so what is compiled is exactly what they would launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sdcore.triton_kernels import sliced_wasserstein
+
+KIB = 1024
+# Chip: its target, and the shared memory that one program may have.
+CHIPS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialization of one kernel, as the launcher would have Triton compile it."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        types = " ".join(t for _, t in self.signature if t.startswith("*"))
+        shape = " ".join(f"{k}={v}" for k, v in self.constants if k.isupper())
+        return f"{self.kernel} [{types}] {shape}"
+
+
+def cases() -> Iterator[tuple[Any, ...]]:
+    """What the launchers are called with: the tuned shape in every dtype, and its variations."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        yield dtype, 3, 4096, 1, False
+        yield dtype, 3, 4096, 2, True
+    yield torch.float32, 1, 256, 1, False
+    yield torch.float32, 2, 8192, 1, False
+    yield torch.float32, 4, 65536, 1, False
+    yield torch.float32, 256, 4096, 1, False
+
+
+def run_sliced_wasserstein(dtype: torch.dtype, d: int, bins: int, p: int, weighted: bool) -> None:
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y = torch.empty(1, 65536, d, dtype=dtype), torch.empty(1, 65536, d, dtype=dtype)
+    directions = torch.empty(32, d, dtype=real)
+    weights = torch.empty(1, 65536, dtype=torch.float64) if weighted else None
+    values, table, _, edges = sliced_wasserstein.binned(
+        x, y, directions, weights, weights, p, bins, None
+    )
+    sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges)
+
+
+def record() -> list[Launch]:
+    """All distinct launches of all cases."""
+    found: dict[Launch, None] = {}
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found[describe(self, args, kwargs)] = None
+
+    with mock.patch.object(JITFunction, "run", run):
+        for case in cases():
+            run_sliced_wasserstein(*case)
+    return list(found)
+
+
+def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """Triton's specialization rules: ones are constants, multiples of 16 are marked."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    signature, constants, aligned = {}, {}, []
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            aligned.append(position)
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(position)
+    return Launch(
+        kernel.__name__,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        tuple(options.items()),
+    )
+
+
+def compile_for(chip: str, launch: Launch) -> list[str]:
+    """What is wrong with this launch on this chip; nothing if it is fine."""
+    target, limit = CHIPS[chip]
+    source = ASTSource(
+        fn=getattr(sliced_wasserstein, launch.kernel),
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in launch.aligned},
+    )
+    try:
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
+    except Exception as error:  # whatever the compiler raises is the finding
+        return [f"{chip}: {launch}: does not compile: {type(error).__name__}: {error}"]
+    wrong = []
+    if compiled.metadata.shared > limit:
+        wrong.append(f"{chip}: {launch}: {compiled.metadata.shared} bytes shared, {limit} exist")
+    if spilled := spills(compiled):
+        wrong.append(f"{chip}: {launch}: {spilled}")
+    return wrong
+
+
+def spills(compiled: Any) -> str | None:
+    """Registers kept in memory, as the chip's own tools report them."""
+    if "amdgcn" in compiled.asm:
+        # Scalar registers spill to lanes of vector registers; only these go to memory.
+        count = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        if count is None:
+            return "the assembly does not tell spills"
+        return f"spills {count[1]} registers" if int(count[1]) else None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    if usage is None:
+        return f"cuobjdump does not tell registers: {report!r}"
+    registers, stack, local = map(int, usage.groups())
+    return f"spills: {registers} registers, {stack + local} bytes" if stack or local else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    launches = record()
+    jobs = [(chip, launch) for launch in launches for chip in arguments.chips]
+    # A cache of its own: nothing compiled earlier counts.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(arguments.workers) as pool:
+            found = list(pool.map(compile_for, *zip(*jobs, strict=True)))
+    wrong = [line for lines in found for line in lines]
+    print(*wrong, sep="\n")
+    seconds = time.monotonic() - start
+    good = sum(not lines for lines in found)
+    print(f"ahead of time: {good} of {len(jobs)} compilations fit ({len(launches)} launches, "
+          f"{len(arguments.chips)} chips, {seconds:.0f} s)")  # fmt: skip
+    return 1 if wrong or not launches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,788 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sdcore
+from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.ops.sliced_wasserstein import DTYPES, reference
+from tests.platforms import Platform, platforms
+
+# Coordinates that are multiples of 2^-7 in [0, 1] are exact in every dtype, and directions whose
+# entries are multiples of 1/8 and add up to 1 make projections, bin widths and bin numbers exact
+# in float32: then nothing but the sums can differ, and ties abound.
+DYADIC_DIRECTIONS = torch.tensor(
+    [[8, 0, 0], [0, 8, 0], [4, 2, 2], [3, -4, 1], [-1, -1, 6], [-5, 2, -1], [2, 3, 3]],
+    dtype=torch.float64,
+) / 8  # fmt: skip
+ALL = platforms("reference", "cpp", "triton")
+SORTING = platforms("reference", "cpp")
+
+
+def cases() -> list:
+    """Every backend with the methods that it has."""
+    found = [pytest.param(*p.values, "binned", id=f"{p.id}-binned", marks=p.marks) for p in ALL]
+    return found + [
+        pytest.param(*p.values, "exact", id=f"{p.id}-exact", marks=p.marks) for p in SORTING
+    ]
+
+
+def dyadic_points(*shape: int) -> Tensor:
+    points = torch.randint(0, 129, shape).double() / 128
+    corners = torch.tensor(list(itertools.product((0.0, 1.0), repeat=shape[-1])))
+    count = min(len(corners), shape[-2])
+    points[..., :count, :] = corners[:count]
+    return points
+
+
+def value_and_gradient(
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, cotangent: Tensor, **options: Any
+) -> list[Tensor]:
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    values = function(x, y, **options)
+    gradients = torch.autograd.grad((values * cotangent.to(values)).sum(), (x, y))
+    return [t.detach().cpu().double() for t in (values, *gradients)]
+
+
+def per_direction(x: Tensor, y: Tensor, *, directions: Tensor, **options: Any) -> Tensor:
+    return sliced_wasserstein(x, y, directions=directions, reduction="none", **options)
+
+
+def specified(x: Tensor, y: Tensor, *, directions: Tensor, **options: Any) -> Tensor:
+    return reference(x, y, directions, **options)
+
+
+def assert_twice_as_good(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus its epsilon."""
+    error, allowed = (ours - exact).norm(), 2 * (plain - exact).norm()
+    # In float64 there is nothing more exact to compare with: sums of hundreds of terms differ.
+    allowed = allowed + torch.finfo(dtype).eps * exact.norm() * (500 if dtype == exact.dtype else 1)
+    # Gradients of half-precision points are small: what cannot be represented is lost to all.
+    allowed = allowed + torch.finfo(dtype).smallest_normal * math.sqrt(exact.numel())
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, of {exact.norm():.3g}"
+
+
+def random_weights(*shape: int) -> Tensor:
+    weights = torch.rand(shape, dtype=torch.float64)
+    weights[..., 0] = 0  # a point that counts for nothing, at the corner of the range
+    return weights + (torch.arange(shape[-1]) == shape[-1] - 1)
+
+
+@pytest.mark.parametrize("weighted", ["", "x", "y", "xy"])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("platform, method", cases())
+@pytest.mark.parametrize("n, m", [(300, 300), (300, 211)])
+def test_agrees_with_the_specification(
+    n: int, m: int, platform: Platform, method: str, dtype: torch.dtype, p: int, weighted: str
+) -> None:
+    x, y = dyadic_points(2, n, 3), dyadic_points(2, m, 3)
+    options: dict[str, Any] = {"p": p, "method": method}
+    if method == "binned":
+        options |= {"bins": 64}
+    weights = {f"weights_{side}": random_weights(2, k) for side, k in (("x", n), ("y", m))}
+    options |= {k: v for k, v in weights.items() if k[-1] in weighted}
+    cotangent = torch.rand(2, len(DYADIC_DIRECTIONS), dtype=torch.float64)
+
+    exact = value_and_gradient(
+        specified, x, y, cotangent, directions=DYADIC_DIRECTIONS, **options
+    )  # fmt: skip
+    low = [t.to(dtype) for t in (x, y)]
+    directions = DYADIC_DIRECTIONS.float() if dtype != torch.float64 else DYADIC_DIRECTIONS
+    plain = value_and_gradient(specified, *low, cotangent, directions=directions, **options)
+    here = {k: v.to(platform.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    with platform.forced():
+        ours = value_and_gradient(
+            per_direction,
+            *(t.to(platform.device) for t in low),
+            cotangent.to(platform.device),
+            directions=directions.to(platform.device),
+            **here,
+        )
+    for our, plainly, exactly in zip(ours, plain, exact, strict=True):
+        assert_twice_as_good(our, plainly, exactly, dtype)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("platform, method", cases())
+@pytest.mark.parametrize(
+    "n, m, d, count, bins",
+    [
+        (1, 1, 1, 1, 2),
+        (1, 5, 3, 2, 7),
+        (17, 1, 2, 3, 100),
+        (1000, 999, 3, 33, 4096),
+        (70, 90, 4, 9, 1000),
+        (130, 140, 5, 5, 64),
+        (65, 64, 40, 20, 33),
+        (50, 60, 3, 3, 20000),
+    ],
+)
+def test_agrees_at_odd_sizes(
+    n: int, m: int, d: int, count: int, bins: int, platform: Platform, method: str, p: int
+) -> None:
+    """Random reals in float64: nothing lies on an edge, so agreement is to rounding."""
+    x, y = torch.randn(3, n, d, dtype=torch.float64), torch.randn(3, m, d, dtype=torch.float64)
+    directions = torch.randn(count, d, dtype=torch.float64)
+    options: dict[str, Any] = {"p": p, "method": method}
+    if method == "binned":
+        options |= {"bins": bins}
+    cotangent = torch.rand(3, count, dtype=torch.float64)
+    expected = value_and_gradient(specified, x, y, cotangent, directions=directions, **options)
+    x, y, directions = (t.to(platform.device) for t in (x, y, directions))
+    with platform.forced():
+        found = value_and_gradient(
+            per_direction, x, y, cotangent.to(platform.device), directions=directions, **options
+        )
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours - exact).norm() <= 1e-10 * exact.norm() + 1e-13
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("needed", ["x", "y", "xy"])
+@pytest.mark.parametrize("platform, method", cases())
+def test_reductions_and_needed_gradients(
+    platform: Platform, method: str, needed: str, reduction: str
+) -> None:
+    x, y = torch.rand(2, 40, 3, dtype=torch.float64), torch.rand(2, 30, 3, dtype=torch.float64)
+    directions = torch.randn(6, 3, dtype=torch.float64)
+
+    def loss(function: Callable[[Tensor, Tensor], Tensor], device: str) -> list[Tensor]:
+        points = {"x": x.to(device), "y": y.to(device)}
+        for side in needed:
+            points[side] = points[side].requires_grad_()
+        values = function(points["x"], points["y"])
+        total = (values * torch.arange(1, values.numel() + 1).to(values).view_as(values)).sum()
+        gradients = torch.autograd.grad(total, [points[side] for side in needed])
+        return [values.detach().cpu(), *(g.cpu() for g in gradients)]
+
+    def expected(x: Tensor, y: Tensor) -> Tensor:
+        values = reference(x, y, directions.to(x.device), method=method, bins=50)
+        return values if reduction == "none" else getattr(values, reduction)(-1)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return sliced_wasserstein(
+            x, y, directions=directions.to(x.device), method=method, bins=50, reduction=reduction
+        )
+
+    with platform.forced():
+        found = loss(ours, platform.device)
+    for our, exact in zip(found, loss(expected, "cpu"), strict=True):
+        torch.testing.assert_close(our, exact, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n, m, d", [(50, 50, 3), (80, 33, 2), (7, 120, 5)])
+@pytest.mark.parametrize("platform", SORTING)
+def test_equals_pot(platform: Platform, n: int, m: int, d: int, weighted: bool, p: int) -> None:
+    ot = pytest.importorskip("ot", reason="needs POT")
+    x, y = torch.randn(n, d, dtype=torch.float64), torch.randn(m, d, dtype=torch.float64)
+    weights = [torch.rand(k, dtype=torch.float64) if weighted else None for k in (n, m)]
+    directions = random_rotations(4, d, dtype=torch.float64).flatten(0, 1)
+    masses = [None if w is None else (w / w.sum()).numpy() for w in weights]
+    theirs = ot.sliced_wasserstein_distance(
+        x.numpy(), y.numpy(), *masses, projections=directions.T.numpy(), p=p
+    )
+    here = [None if t is None else t.to(platform.device) for t in (x, y, directions, *weights)]
+    with platform.forced():
+        ours = sliced_wasserstein(
+            *here[:2], directions=here[2], weights_x=here[3], weights_y=here[4], p=p
+        )
+    assert ours.item() ** (1 / p) == pytest.approx(float(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize("platform", platforms("cpp"))
+def test_is_the_loss_of_sw_guidance(platform: Platform) -> None:
+    """The docstring's relation: a sum over three rotated axes, a mean over rotations."""
+    x, y = torch.rand(50, 3, dtype=torch.float64), torch.rand(50, 3, dtype=torch.float64)
+    rotations = random_rotations(5, 3, dtype=torch.float64)
+    theirs = torch.stack(
+        [
+            ((x @ r.T).sort(0).values - (y @ r.T).sort(0).values).abs().mean(0).sum()
+            for r in rotations
+        ]
+    ).mean()
+    with platform.forced():
+        ours = 3 * sliced_wasserstein(x, y, directions=rotations.flatten(0, 1))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("platform", SORTING)
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(platform: Platform, p: int, reduction: str) -> None:
+    x = torch.randn(2, 6, 3, dtype=torch.float64, device=platform.device, requires_grad=True)
+    y = torch.randn(2, 5, 3, dtype=torch.float64, device=platform.device, requires_grad=True)
+    directions = torch.randn(4, 3, dtype=torch.float64, device=platform.device)
+    weights = torch.rand(2, 5, dtype=torch.float64, device=platform.device)
+
+    def op(x: Tensor, y: Tensor) -> Tensor:
+        return sliced_wasserstein(
+            x, y, p=p, directions=directions, weights_y=weights, reduction=reduction
+        )
+
+    with platform.forced():
+        assert torch.autograd.gradcheck(op, (x, y))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("bins", [4, 64, 1024])
+@pytest.mark.parametrize("platform", ALL)
+def test_error_bound_of_binned(platform: Platform, bins: int, p: int) -> None:
+    """The docstring's bounds, on data spread out, clustered and nearly equal."""
+    spread = torch.rand(400, 3, dtype=torch.float64)
+    clustered = spread**4
+    nearly = spread + 0.003 * torch.randn(400, 3, dtype=torch.float64)
+    directions = random_rotations(4, 3, dtype=torch.float64).flatten(0, 1)
+    for x, y in ((spread, clustered), (clustered, nearly), (spread, nearly)):
+        exact = reference(x[None], y[None], directions, p=p)[0]
+        both = torch.cat([x, y]) @ directions.T
+        width = (both.amax(0) - both.amin(0)) / bins
+        here = [t.to(platform.device) for t in (x, y, directions)]
+        with platform.forced():
+            binned = per_direction(
+                here[0], here[1], directions=here[2], method="binned", bins=bins, p=p
+            ).cpu()
+        bound = width if p == 1 else width * (2 * exact.sqrt() + width)
+        assert ((binned - exact).abs() <= bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_error_bound_of_binned_is_tight(platform: Platform) -> None:
+    """Points just left and right of an edge are a bin apart."""
+    x = torch.full((9, 1), 0.4999, dtype=torch.float64, device=platform.device)
+    y = torch.full((9, 1), 0.5001, dtype=torch.float64, device=platform.device)
+    one = torch.ones(1, 1, dtype=torch.float64, device=platform.device)
+    with platform.forced():
+        value = sliced_wasserstein(
+            x, y, directions=one, method="binned", bins=4, value_range=(0, 1)
+        )  # fmt: skip
+    assert value.item() == 0.25
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_ties_do_not_depend_on_order(platform: Platform, method: str) -> None:
+    x, y = dyadic_points(1, 200, 3), dyadic_points(1, 150, 3)
+    x[:, 50:100] = x[:, :50]
+    directions = DYADIC_DIRECTIONS
+    order_x, order_y = torch.randperm(200), torch.randperm(150)
+    cotangent = torch.ones(1, len(directions), dtype=torch.float64)
+    options = {"method": method, "directions": directions.to(platform.device)}
+
+    def here(x: Tensor, y: Tensor) -> list[Tensor]:
+        with platform.forced():
+            return value_and_gradient(
+                per_direction, x.to(platform.device), y.to(platform.device), cotangent, **options
+            )
+
+    value, grad_x, grad_y = here(x, y)
+    mixed_value, mixed_x, mixed_y = here(x[:, order_x], y[:, order_y])
+    torch.testing.assert_close(mixed_value, value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(mixed_x, grad_x[:, order_x], rtol=0, atol=1e-16)
+    torch.testing.assert_close(mixed_y, grad_y[:, order_y], rtol=0, atol=1e-16)
+    torch.testing.assert_close(grad_x[:, 50:100], grad_x[:, :50], rtol=0, atol=1e-16)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("platform", ALL)
+def test_binned_histograms_add_up_alike_in_any_order(platform: Platform, weighted: bool) -> None:
+    """Bit for bit: counts and fixed-point weights do not depend on where a point stands."""
+    x, y = torch.rand(3000, 3), torch.rand(2000, 3)
+    weights = torch.rand(3000, dtype=torch.float64)
+    order = torch.randperm(3000)
+    directions = torch.randn(5, 3, device=platform.device)
+
+    def value(x: Tensor, weights: Tensor) -> Tensor:
+        # Normalized here, for the sum that the op would divide by depends on the order.
+        with platform.forced():
+            return per_direction(
+                x.to(platform.device),
+                y.to(platform.device),
+                directions=directions,
+                method="binned",
+                bins=100,
+                weights_x=weights.to(platform.device) if weighted else None,
+            )
+
+    weights = (weights * 2**20).round()  # integers: their sum is exact in any order
+    assert torch.equal(value(x, weights), value(x[order], weights[order]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_cpp_repeats_bit_for_bit(method: str, weighted: bool, dtype: torch.dtype) -> None:
+    """Across runs, and across numbers of threads: 20,001 points are three blocks."""
+    x, y = torch.rand(2, 20001, 3, dtype=dtype), torch.rand(2, 15000, 3, dtype=dtype)
+    weights = torch.rand(2, 20001, dtype=torch.float64) if weighted else None
+    directions = torch.randn(5, 3, dtype=dtype)
+    cotangent = torch.rand(2, 5)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7, 2, 1):
+            torch.set_num_threads(count)
+            with sdcore.backend("cpp"):
+                results.append(
+                    value_and_gradient(
+                        per_direction,
+                        x,
+                        y,
+                        cotangent,
+                        directions=directions,
+                        method=method,
+                        weights_x=weights,
+                    )
+                )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_strides_and_broadcasting(platform: Platform, method: str) -> None:
+    """Planar images, slices and one palette for all images: as after .contiguous()."""
+    images = torch.rand(2, 2, 3, 6, 7, dtype=torch.float64, device=platform.device)
+    planar = images.flatten(-2).mT  # [2, 2, 42, 3], coordinates far apart
+    palette = torch.rand(60, 3, dtype=torch.float64, device=platform.device)[::2]
+    directions = torch.randn(8, 4, dtype=torch.float64, device=platform.device)[::2, :3]
+    options: dict[str, Any] = {"directions": directions, "method": method}
+
+    def gradients(x: Tensor, y: Tensor) -> list[Tensor]:
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        with platform.forced():
+            values = sliced_wasserstein(x, y, **options)
+            assert values.shape == (2, 2)
+            return [values.detach(), *torch.autograd.grad(values.sum(), (x, y))]
+
+    whole = palette.expand(2, 2, 30, 3).contiguous()
+    ours, plain = gradients(planar, palette), gradients(planar.contiguous(), whole)
+    plain[2] = plain[2].sum((0, 1))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_empty_batch(platform: Platform, method: str) -> None:
+    x = torch.rand(0, 5, 3, device=platform.device, requires_grad=True)
+    y = torch.rand(4, 3, device=platform.device, requires_grad=True)
+    with platform.forced():
+        values = sliced_wasserstein(x, y, method=method)
+        values.sum().backward()
+    assert values.shape == (0,) and x.grad is not None and x.grad.shape == x.shape
+    assert y.grad is not None and (y.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("platform, method", cases())
+def test_mixed_dtypes_and_autocast(platform: Platform, method: str, dtype: torch.dtype) -> None:
+    """The result is float32, computed in float32, with or without autocast."""
+    x, y = torch.rand(50, 3), torch.rand(40, 3)
+    directions = torch.randn(7, 3, device=platform.device)
+    x, y = x.to(platform.device, dtype).requires_grad_(), y.to(platform.device)
+    with platform.forced():
+        plain = sliced_wasserstein(x, y, directions=directions, method=method)
+        gradient = torch.autograd.grad(plain, x)[0]
+        with torch.autocast(platform.device, dtype):
+            cast = sliced_wasserstein(x, y, directions=directions, method=method)
+            cast_gradient = torch.autograd.grad(cast, x)[0]
+    assert plain.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(plain, cast) and torch.equal(gradient, cast_gradient)
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_points_outside_of_value_range_count_in_the_end_bins(
+    platform: Platform, method: str
+) -> None:
+    if method == "exact":
+        with pytest.raises(ValueError, match="value_range"), platform.forced():
+            sliced_wasserstein(
+                *torch.rand(2, 5, 3, device=platform.device), value_range=(0, 1)
+            )  # fmt: skip
+        return
+    directions = torch.eye(3, dtype=torch.float64, device=platform.device)
+    x = torch.rand(2, 50, 3, dtype=torch.float64, device=platform.device) * 3 - 1
+    y = torch.rand(2, 50, 3, dtype=torch.float64, device=platform.device)
+    options: dict[str, Any] = {"directions": directions, "method": "binned", "bins": 16}
+    cotangent = torch.ones(2, 3)
+    with platform.forced():
+        clamped, inside = (
+            value_and_gradient(
+                per_direction, points, y, cotangent, value_range=(0, 1), **options
+            )  # fmt: skip
+            for points in (x, x.clamp(0, 1))
+        )
+    for a, b in zip(clamped, inside, strict=True):
+        assert torch.equal(a, b)
+    assert (clamped[1].abs().sum(-1) > 0).any()
+
+
+@pytest.mark.parametrize("platform, method", cases())
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_non_finite_coordinates_give_nan(
+    platform: Platform, method: str, side: str, bad: float
+) -> None:
+    points = {"x": torch.rand(3, 20, 3), "y": torch.rand(3, 30, 3)}
+    points[side][1, 7, 2] = bad
+    directions = torch.randn(5, 3)
+    with platform.forced():
+        value, *gradients = value_and_gradient(
+            per_direction,
+            points["x"].to(platform.device),
+            points["y"].to(platform.device),
+            torch.ones(3, 5),
+            directions=directions.to(platform.device),
+            method=method,
+        )
+    for result in (value, *gradients):
+        assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("platform, method", cases())
+@pytest.mark.parametrize("kind", ["negative", "zero", "nan", "infinite"])
+def test_weights_that_are_none(platform: Platform, method: str, kind: str) -> None:
+    weights = torch.rand(2, 20)
+    weights[1] = {"negative": -0.5, "zero": 0.0, "nan": math.nan, "infinite": math.inf}[kind]
+    if kind == "negative":
+        weights[1, 1:] = 1
+    x, y = torch.rand(2, 20, 3), torch.rand(2, 20, 3)
+    x, y, weights = (t.to(platform.device) for t in (x, y, weights))
+    with platform.forced():
+        if platform.device == "cpu":
+            with pytest.raises(ValueError, match="weights_y must be non-negative"):
+                sliced_wasserstein(x, y, weights_y=weights, method=method)
+            return
+        found = value_and_gradient(
+            sliced_wasserstein, x, y, torch.ones(2), weights_y=weights, method=method
+        )
+    for result in found:
+        assert result[1].isnan().all() and result[0].isfinite().all()
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_second_derivative_raises(platform: Platform, method: str) -> None:
+    x = torch.rand(2, 10, 3, device=platform.device, requires_grad=True)
+    y = torch.rand(2, 10, 3, device=platform.device)
+    for reduction in ("mean", "none"):
+        with platform.forced():
+            value = sliced_wasserstein(x, y, p=2, method=method, reduction=reduction).sum()
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_double_precision_survives_a_small_range(method: str) -> None:
+    """Points that differ far behind the decimal point still spread over the bins."""
+    x = 0.5 + 1e-6 * torch.rand(500, 3)
+    y = 0.5 + 1e-6 * torch.rand(500, 3) ** 2
+    directions = random_rotations(3, 3).flatten(0, 1)
+    exact = reference(x.double()[None], y.double()[None], directions.double())[0]
+    ours = per_direction(x, y, directions=directions, method=method).double()
+    assert ((ours - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize("platform, method", cases())
+def test_inference_mode_and_no_grad(platform: Platform, method: str) -> None:
+    x, y = torch.rand(20, 3, device=platform.device), torch.rand(25, 3, device=platform.device)
+    directions = torch.randn(4, 3, device=platform.device)
+    with platform.forced():
+        value = sliced_wasserstein(x, y, directions=directions, method=method)
+        with torch.inference_mode():
+            assert torch.equal(
+                sliced_wasserstein(x, y, directions=directions, method=method), value
+            )  # fmt: skip
+        with torch.no_grad():
+            inside = sliced_wasserstein(
+                x.requires_grad_(), y, directions=directions, method=method
+            )  # fmt: skip
+    assert torch.equal(inside, value) and not inside.requires_grad
+
+
+def test_directions_are_drawn_from_the_generator() -> None:
+    x, y = torch.rand(20, 3), torch.rand(25, 3)
+    first, again, other = (
+        sliced_wasserstein(x, y, directions=5, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    # Uniform on the sphere: the mean over directions of W_2^2 between two points at distance 1 is
+    # 1/d.
+    near = torch.zeros(1, 3), torch.tensor([[0.6, 0.0, 0.8]])
+    drawn = sliced_wasserstein(
+        *near, p=2, directions=200_000, generator=torch.Generator().manual_seed(3)
+    )
+    assert drawn.item() == pytest.approx(1 / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("platform, method", cases())
+@pytest.mark.parametrize("p", [1, 2])
+def test_opcheck(platform: Platform, method: str, p: int) -> None:
+    x = torch.rand(2, 9, 3, device=platform.device)
+    y = torch.rand(2, 7, 3, device=platform.device)
+    directions = torch.randn(4, 3, device=platform.device)
+    weights = torch.rand(2, 9, dtype=torch.float64, device=platform.device)
+    weights /= weights.sum(1, keepdim=True)
+    grad = torch.rand(2, 4, device=platform.device)
+    grown = x.clone().requires_grad_(), y.clone().requires_grad_()
+    ops = torch.ops.sdcore
+    with platform.forced():
+        if method == "binned":
+            torch.library.opcheck(
+                ops.sliced_wasserstein_binned, (*grown, directions, weights, None, p, 8, None)
+            )
+            _, table, _, edges = ops.sliced_wasserstein_binned(
+                x, y, directions, weights, None, p, 8, [0.0, 1.0]
+            )
+            torch.library.opcheck(
+                ops.sliced_wasserstein_binned_backward,
+                (grad, x, directions, weights, table, edges),
+            )
+            return
+        for reduce in (True, False):
+            torch.library.opcheck(
+                ops.sliced_wasserstein_exact,
+                (*grown, directions, weights, None, p, reduce, True, True),
+            )
+        torch.library.opcheck(
+            ops.sliced_wasserstein_exact_backward,
+            (grad, x, y, directions, weights, None, p, True, False),
+        )
+        torch.library.opcheck(ops.sliced_wasserstein_exact_scale, (grad[:, 0], x, x.half()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("platform, method", cases())
+def test_compiles_without_a_graph_break(
+    platform: Platform, method: str, reduction: str
+) -> None:  # fmt: skip
+    def loss(x: Tensor, y: Tensor, directions: Tensor, weights: Tensor) -> Tensor:
+        values = sliced_wasserstein(
+            x * 1.5, y, directions=directions, weights_y=weights, method=method,
+            bins=64, reduction=reduction,
+        )  # fmt: skip
+        return values.sum() + sliced_wasserstein(x, y, directions=4, method=method).sum() * 0
+
+    arguments = [torch.rand(2, 30, 3), torch.rand(2, 20, 3), torch.randn(5, 3), torch.rand(2, 20)]
+    arguments = [t.to(platform.device) for t in arguments]
+    arguments[0].requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with platform.forced():
+        plain, ours = loss(*arguments), compiled(*arguments)
+        gradients = [torch.autograd.grad(value, arguments[0])[0] for value in (plain, ours)]
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(sdcore.backends.triton_interpreted(), reason="TRITON_INTERPRET=1 is set")
+def test_compiles_with_inductor() -> None:
+    x, y = torch.rand(30, 3, requires_grad=True), torch.rand(20, 3)
+    directions = torch.randn(5, 3)
+
+    def loss(x: Tensor) -> Tensor:
+        return sliced_wasserstein(x.sigmoid(), y, directions=directions, method="binned")
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), x)
+    torch.testing.assert_close(found, expected)
+
+
+def good() -> dict[str, Any]:
+    return {"x": torch.rand(2, 5, 3), "y": torch.rand(2, 4, 3)}
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [[1.0]]}, TypeError, "x must be a tensor; got list"),
+        ({"x": torch.zeros(5, 3, dtype=torch.int64)}, TypeError, "x must be of dtype.*int64"),
+        ({"y": torch.zeros(5, 3, dtype=torch.complex64)}, TypeError, "y must be of dtype"),
+        ({"y": torch.zeros(3)}, ValueError, r"y must be \[..., points, d\]; got shape \(3,\)"),
+        ({"x": torch.zeros(0, 3)}, ValueError, r"x must hold at least one.*\(0, 3\)"),
+        ({"y": torch.zeros(5, 0)}, ValueError, r"y must hold at least one.*\(5, 0\)"),
+        ({"y": torch.zeros(2, 5, 4)}, ValueError, "dimension d of x, 3; got 4"),
+        ({"y": torch.zeros(3, 5, 3)}, ValueError, "leading dimensions.*broadcast"),
+        ({"y": torch.zeros(2, 5, 3, device="meta")}, ValueError, "y must be on the device of x"),
+        ({"p": 3}, ValueError, "p must be 1 or 2; got 3"),
+        ({"p": 1.5}, ValueError, "p must be 1 or 2; got 1.5"),
+        ({"method": "fast"}, ValueError, "method must be one of.*'fast'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of.*'max'"),
+        ({"bins": 1}, ValueError, "bins must be 2 to 1048576; got 1"),
+        ({"bins": 1 << 21}, ValueError, "bins must be 2 to 1048576; got 2097152"),
+        ({"bins": 10.0}, TypeError, "bins must be an int; got float"),
+        ({"value_range": (1, 0)}, ValueError, r"low < high; got \(1, 0\)"),
+        ({"value_range": (0, math.inf)}, ValueError, "value_range must be finite"),
+        ({"value_range": (0, 1, 2)}, ValueError, r"value_range must be \(low, high\)"),
+        ({"directions": 0}, ValueError, "directions must be at least 1; got 0"),
+        ({"directions": 2.0}, TypeError, "directions must be an int or a tensor.*float"),
+        ({"directions": True}, TypeError, "directions must be an int or a tensor.*bool"),
+        ({"directions": torch.zeros(4, 2)}, ValueError, r"directions must be \[L, 3\].*\(4, 2\)"),
+        ({"directions": torch.zeros(0, 3)}, ValueError, r"directions must be \[L, 3\].*\(0, 3\)"),
+        ({"directions": torch.zeros(4, 3).long()}, TypeError, "directions must be floating-point"),
+        ({"directions": torch.zeros(4, 3, device="meta")}, ValueError, "directions must be on"),
+        (
+            {"directions": torch.zeros(4, 3), "generator": torch.Generator()},
+            ValueError,
+            "generator draws directions",
+        ),
+        ({"weights_x": [1.0]}, TypeError, "weights_x must be a tensor; got list"),
+        ({"weights_x": torch.ones(2, 4)}, ValueError, r"weights_x must be \[..., 5\]"),
+        ({"weights_y": torch.ones(3, 4)}, ValueError, r"weights_y must broadcast to \(2, 4\)"),
+        ({"weights_y": torch.ones(2, 4).long()}, TypeError, "weights_y must be floating-point"),
+        ({"weights_y": torch.ones(4, device="meta")}, ValueError, "weights_y must be on"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = good() | {"method": "binned"} | change
+    with pytest.raises(error, match=message):
+        sliced_wasserstein(arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_good_arguments_are_good() -> None:
+    """What the bad ones start from."""
+    arguments = good()
+    assert sliced_wasserstein(**arguments, method="binned").shape == (2,)
+    numpy_int = int(np.int64(3))
+    assert sliced_wasserstein(**arguments, directions=numpy_int).isfinite().all()
+
+
+GPU = [p for p in ALL if p.values[0].device == "cuda"]
+
+
+@pytest.mark.parametrize("platform", GPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1, 2])
+def test_in_a_cuda_graph(platform: Platform, dtype: torch.dtype, p: int) -> None:
+    """Captured on one input, replayed on another; no host synchronization on the way."""
+    if platform.backend == "reference":
+        pytest.skip("plain PyTorch's operators promise no capture")
+    x = torch.rand(2, 3000, 3, device="cuda").to(dtype).requires_grad_()
+    y = torch.rand(2, 2000, 3, device="cuda").to(dtype)
+    weights = torch.rand(2, 2000, device="cuda")
+    directions = torch.randn(9, 3, device="cuda").to(torch.promote_types(dtype, torch.float32))
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = sliced_wasserstein(
+            x, y, directions=directions, weights_y=weights, method="binned", p=p
+        )
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    with platform.forced():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            x.copy_(torch.rand(2, 3000, 3, device="cuda"))
+        graph.replay()
+        expected = step()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("platform", GPU)
+def test_repeats_bit_for_bit_on_a_gpu(platform: Platform) -> None:
+    if platform.backend == "reference":
+        pytest.skip("plain PyTorch's scatter_add promises no order")
+    x, y = torch.rand(2, 100_000, 3, device="cuda"), torch.rand(2, 90_000, 3, device="cuda")
+    weights = torch.rand(2, 100_000, device="cuda")
+    directions = torch.randn(9, 3, device="cuda")
+    results = []
+    with platform.forced():
+        for _ in range(5):
+            results.append(
+                value_and_gradient(
+                    per_direction, x, y, torch.ones(2, 9, device="cuda"),
+                    directions=directions, weights_x=weights, method="binned",
+                )
+            )  # fmt: skip
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("platform", GPU)
+def test_memory_of_binned(platform: Platform) -> None:
+    """Within a few times the points and L·bins; never L·n."""
+    if platform.backend == "reference":
+        pytest.skip("plain PyTorch holds all projections")
+    n, count, bins = 1_000_000, 128, 1024
+    x = torch.rand(n, 3, device="cuda", requires_grad=True)
+    y = torch.rand(n, 3, device="cuda")
+    with platform.forced():
+        sliced_wasserstein(x, y, directions=count, method="binned", bins=bins).backward()
+        x.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        sliced_wasserstein(x, y, directions=count, method="binned", bins=bins).backward()
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 4 * (3 * n + 8 * count * bins) * 2 < 4 * count * n
+
+
+@pytest.mark.parametrize("platform", GPU)
+def test_on_another_stream(platform: Platform) -> None:
+    x, y = torch.rand(50_000, 3, device="cuda"), torch.rand(40_000, 3, device="cuda")
+    directions = torch.randn(9, 3, device="cuda")
+    stream = torch.cuda.Stream()
+    with platform.forced():
+        expected = sliced_wasserstein(x, y, directions=directions, method="binned")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # work on the default stream would overtake this
+            moved = x + 1
+            found = sliced_wasserstein(moved, y + 1, directions=directions, method="binned")
+        stream.synchronize()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", GPU)
+def test_on_the_second_device(platform: Platform) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, y = torch.rand(5000, 3), torch.rand(4000, 3)
+    directions = torch.randn(9, 3)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        with platform.forced():
+            results.append(
+                value_and_gradient(
+                    per_direction, x.to(device), y.to(device), torch.ones(9, device=device),
+                    directions=directions.to(device), method="binned",
+                )
+            )  # fmt: skip
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("platform", GPU)
+@pytest.mark.parametrize("d", [3, 6])
+@pytest.mark.parametrize("p", [1, 2])
+def test_small_shapes_for_the_sanitizer(platform: Platform, p: int, d: int) -> None:
+    x = torch.rand(2, 37, d, device="cuda", requires_grad=True)
+    y = torch.rand(2, 41, d, device="cuda", requires_grad=True)
+    with platform.forced():
+        value = sliced_wasserstein(x, y, directions=5, method="binned", bins=33, p=p)
+        value.sum().backward()
+        torch.cuda.synchronize()
+    assert value.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
