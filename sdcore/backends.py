@@ -234,6 +234,11 @@ def _no_triton() -> str | None:
     return None
 
 
+def has(op: str, name: str) -> bool:
+    """Whether backend ``name`` implements the flat op ``op``, here or elsewhere."""
+    return name in _implementations[op]
+
+
 def table() -> dict[str, dict[str, str | None]]:
     """For each flat op and backend, why it cannot run on this machine; None where it can."""
     return {

@@ -70,16 +70,19 @@ def cases() -> Iterator[tuple[Any, ...]]:
         yield dtype, 3, 4096, 1, False
         yield dtype, 3, 4096, 2, True
     yield torch.float32, 1, 256, 1, False
+    yield torch.float32, 3, 4096, 1, False, 1  # one point: Triton makes it a constant
     yield torch.float32, 2, 8192, 1, False
     yield torch.float32, 4, 65536, 1, False
     yield torch.float32, 256, 4096, 1, False
 
 
-def run_sliced_wasserstein(dtype: torch.dtype, d: int, bins: int, p: int, weighted: bool) -> None:
+def run_sliced_wasserstein(
+    dtype: torch.dtype, d: int, bins: int, p: int, weighted: bool, n: int = 65536
+) -> None:
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    x, y = torch.empty(1, 65536, d, dtype=dtype), torch.empty(1, 65536, d, dtype=dtype)
+    x, y = torch.empty(1, n, d, dtype=dtype), torch.empty(1, n, d, dtype=dtype)
     directions = torch.empty(32, d, dtype=real)
-    weights = torch.empty(1, 65536, dtype=torch.float64) if weighted else None
+    weights = torch.empty(1, n, dtype=torch.float64) if weighted else None
     values, table, _, edges = sliced_wasserstein.binned(
         x, y, directions, weights, weights, p, bins, None
     )

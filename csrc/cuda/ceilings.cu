@@ -1,5 +1,6 @@
 #include "ceilings.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -60,15 +61,14 @@ __global__ void __launch_bounds__(1024)
   for (std::uint32_t bin = threadIdx.x; bin < bins; bin += blockDim.x) entries[bin] = table[bin];
   __syncthreads();
   Slots slots(seed, bins);
-  // Four sums, or each read would wait for the addition of the one before it.
+  // Four sums, or each addition would wait for the one before it.
   float sums[4] = {};
-  std::uint32_t i = 0;
-#pragma unroll 4
-  for (; i + 4 <= reads; i += 4) {
+  std::uint32_t left = reads;
+  for (; left >= 16; left -= 16) {
 #pragma unroll
-    for (float& sum : sums) sum += entries[slots.next()];
+    for (int i = 0; i < 16; ++i) sums[i % 4] += entries[slots.next()];
   }
-  for (; i < reads; ++i) sums[0] += entries[slots.next()];
+  for (; left > 0; --left) sums[0] += entries[slots.next()];
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   out[thread] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -91,6 +91,11 @@ void expect_pointer(const std::string& name, std::uintptr_t pointer) {
 // What both kernels ask of their arguments. Returns the bytes of shared memory.
 int check_launch(std::int64_t bins, const std::string& count_name, std::int64_t count,
                  std::int64_t blocks, std::int64_t threads, int device) {
+  // The product of the three fits in 32 bits: no counter can overflow, and each thread has a
+  // number of its own.
+  expect_range("threads", threads, 1024);
+  expect_range("blocks", blocks, std::min<std::int64_t>(0x7fffffff, kMost32 / threads));
+  expect_range(count_name, count, kMost32 / (blocks * threads));
   int devices = 0;
   SDCORE_CUDA(cudaGetDeviceCount(&devices));
   expect(0 <= device && device < devices, "device", device,
@@ -99,10 +104,6 @@ int check_launch(std::int64_t bins, const std::string& count_name, std::int64_t 
   SDCORE_CUDA(
       cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   expect_range("bins", bins, shared_bytes / 4);
-  expect_range("threads", threads, 1024);
-  expect_range("blocks", blocks, 0x7fffffff);
-  // Then no 32-bit counter can overflow, and every thread has a number of its own.
-  expect_range(count_name, count, kMost32 / (blocks * threads));
   return static_cast<int>(4 * bins);
 }
 

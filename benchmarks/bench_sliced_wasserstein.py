@@ -1,0 +1,227 @@
+"""Sliced Wasserstein value and gradient, against what else there is.
+
+``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]``
+
+Peers: ``torch`` is the vectorized sort with autograd, projections made contiguous for the sort
+(twice as fast on a CPU as sorting a transposed view); ``POT`` is ot.sliced_wasserstein_distance on
+its PyTorch backend. Both are given the same directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sdcore
+from benchmarks import measure
+from benchmarks.measure import Row
+from sdcore import backends
+from sdcore.ops import sliced_wasserstein
+
+GRADIENT_TOLERANCE = {"exact": 0.02, "binned": 0.1}
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    directions: int
+    dtype: torch.dtype
+    image: str = "random"
+
+    def __str__(self) -> str:
+        name = f"n = m = {self.n:,}, d = 3, L = {self.directions}"
+        return name if self.image == "random" else f"{name}, {self.image}"
+
+    @property
+    def has_ties(self) -> bool:
+        return self.image != "random" or self.dtype != torch.float32
+
+    def inputs(self, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x, y, directions), several times over where that makes them cold."""
+        each = 2 * 3 * self.n * torch.empty(0, dtype=self.dtype).element_size()
+        generator = torch.Generator(device).manual_seed(0)
+        return [self._input(device, generator) for _ in range(measure.sets_for(each, device))]
+
+    def _input(self, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, device=device, generator=generator)
+
+        x, y = uniform(self.n, 3), uniform(self.n, 3) ** 1.5
+        if self.image == "constant":
+            x = x[:1].expand(self.n, 3).contiguous()
+        if self.image == "two colors":
+            x = torch.where(uniform(self.n, 1) < 0.5, x[:1], x[1:2])
+        directions = torch.randn(self.directions, 3, device=device, generator=generator)
+        directions = torch.nn.functional.normalize(directions, dim=1)
+        return x.to(self.dtype).requires_grad_(), y.to(self.dtype), directions
+
+
+def torch_sort(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """The vectorized peer."""
+    directions = directions.to(x.dtype)
+    return ((directions @ x.T).sort(1).values - (directions @ y.T).sort(1).values).abs().mean()
+
+
+def pot(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    # POT imports every array library that it finds, unless told not to.
+    for library in ("JAX", "CUPY", "TENSORFLOW"):
+        os.environ.setdefault(f"POT_BACKEND_DISABLE_{library}", "1")
+    import ot
+
+    return ot.sliced_wasserstein_distance(x, y, projections=directions.T.to(x.dtype), p=1)
+
+
+def ours(backend: str, method: str) -> Callable[..., Tensor]:
+    def loss(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+        with sdcore.backend(backend):
+            return sliced_wasserstein(x, y, directions=directions, method=method)
+
+    return loss
+
+
+def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def both(x: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss(x, y, directions)
+        return value, torch.autograd.grad(value, x)[0]
+
+    return both
+
+
+def agreement(
+    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str
+) -> str:  # fmt: skip
+    """Relative errors of value and gradient; raises if they are not what the method promises."""
+    value, gradient = (t.double() for t in found)
+    value_error = ((value - expected[0]).abs() / expected[0]).item()
+    gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
+    limit = GRADIENT_TOLERANCE[method]
+    if not (value_error < 1e-3 and gradient_error < limit):
+        raise AssertionError(
+            f"{method}: value off by {value_error:.2g}, gradient by {gradient_error:.2g} "
+            f"(limits 1e-3 and {limit:.2g})"
+        )
+    return f"value {value_error:.0e}, gradient {gradient_error:.0e}"
+
+
+def exact_double(
+    x: Tensor, y: Tensor, directions: Tensor, ties: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Value and gradient by sorting in float64, a few directions at a time.
+
+    Sorting gives equal points different gradients, as it happens to order them; sharing the sum
+    among them makes it the gradient that does not depend on the order.
+    """
+    points = x.detach()
+    x, y, directions = x.detach().double().requires_grad_(), y.double(), directions.double()
+    value, gradient = x.new_zeros(()), torch.zeros_like(x)
+    for some in directions.split(8):
+        part = torch_sort(x, y, some) * (len(some) / len(directions))
+        value += part.detach()
+        gradient += torch.autograd.grad(part, x)[0]
+    if not ties:
+        return value, gradient
+    _, color, count = points.float().unique(dim=0, return_inverse=True, return_counts=True)
+    shared = gradient.new_zeros(len(count), 3).index_add_(0, color, gradient) / count[:, None]
+    return value, shared[color]
+
+
+def run_case(case: Case, device: str, peers: bool) -> list[Row]:
+    inputs = case.inputs(device)
+    expected = exact_double(*inputs[0], ties=case.has_ties)
+    rivals: dict[str, float] = {}
+    rows = []
+    for name, loss in (("torch", torch_sort), ("POT", pot)) if peers else ():
+        if name == "POT" and (case.dtype != torch.float32 or not _installed("ot")):
+            continue
+        row = _row(case, name, loss, inputs, device)
+        row.check = "the peer"
+        rivals[name] = row.milliseconds
+        rows.append(row)
+    for backend, method in (
+        ("cpp", "exact"), ("cpp", "binned"), ("cuda", "exact"), ("cuda", "binned"),
+        ("triton", "binned"),
+    ):  # fmt: skip
+        if not _runs(backend, method, device):
+            continue
+        loss = ours(backend, method)
+        check = agreement(with_gradient(loss)(*inputs[0]), expected, method)
+        row = _row(case, f"{backend} {method}", loss, inputs, device)
+        row.check = check
+        row.ratios = {rival: taken / row.milliseconds for rival, taken in rivals.items()}
+        row.share_of_ceiling = _updates(case, row)
+        rows.append(row)
+    return rows
+
+
+def _updates(case: Case, row: Row) -> str:
+    """Points times directions, both sides, per second: the unit of all histogram ceilings."""
+    return f"{2 * case.n * case.directions / row.milliseconds / 1e6:.3g} G projections/s"
+
+
+def _row(
+    case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str
+) -> Row:  # fmt: skip
+    slow = name in ("torch", "POT")
+    median, spread, how = measure.milliseconds(
+        with_gradient(loss), inputs, device, repeats=3 if slow else 11, graph=name != "POT"
+    )
+    dtype = str(case.dtype).removeprefix("torch.")
+    return Row(
+        "sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device
+    )
+
+
+def _runs(backend: str, method: str, device: str) -> bool:
+    reason = backends.unavailable(backend) or backends.unsuitable_device(backend, device)
+    return reason is None and backends.has(f"sliced_wasserstein_{method}", backend)
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def cases(device: str, quick: bool) -> list[tuple[Case, bool]]:
+    if quick:
+        return [(Case(65536, 32, torch.float32), True)]
+    found = [(Case(1048576, 32, torch.float32), True)]
+    if device == "cuda":
+        found += [
+            (Case(589824, 30, torch.bfloat16), True),
+            (Case(1048576, 96, torch.float32), True),
+            (Case(262144, 32, torch.float32), True),
+        ]
+    return found + [
+        (Case(1048576, 32, torch.float32, image), False) for image in ("constant", "two colors")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--csv", type=Path, help="write the rows there")
+    arguments = parser.parse_args()
+    rows = []
+    for case, peers in cases(arguments.device, arguments.quick):
+        print(f"{case}, {case.dtype} …", flush=True)
+        rows += run_case(case, arguments.device, peers)
+    measure.finish(rows, arguments.csv)
+    if arguments.device == "cuda":
+        _print_ceilings()
+
+
+def _print_ceilings() -> None:
+    print(f"\ncopy: {measure.copy_bandwidth() / 1e12:.2f} TB/s")
+
+
+if __name__ == "__main__":
+    main()

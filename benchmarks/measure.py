@@ -1,0 +1,194 @@
+"""Timing, checking and reporting, shared by all benchmarks.
+
+On a CPU a time is the median wall-clock of whole calls. On a GPU it is that of CUDA graph
+replays, so that launch overhead is out of it, over several sets of inputs that together exceed the
+cache several times, so that inputs are cold.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Several times the 60 MB of the largest second-level cache in use.
+COLD_BYTES = 200_000_000
+
+
+@dataclass
+class Row:
+    """One measurement. ``check`` says what was compared; a row without it is not printed."""
+
+    op: str
+    case: str
+    implementation: str
+    dtype: str
+    milliseconds: float
+    spread: float
+    timing: str
+    check: str
+    share_of_ceiling: str = ""
+    ratios: dict[str, float] = field(default_factory=dict)
+    device: str = ""
+    versions: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def milliseconds(
+    function: Callable[..., Any],
+    inputs: Sequence[tuple[Any, ...]],
+    device: str,
+    repeats: int = 7,
+    graph: bool = True,
+) -> tuple[float, float, str]:
+    """Median time of ``function(*inputs[i])``, half the range of its middle half, and how taken."""
+    if device == "cuda":
+        samples, how = _on_gpu(function, inputs, repeats, graph)
+    else:
+        samples, how = _on_cpu(function, inputs, repeats), "wall clock"
+    samples.sort()
+    quarter = len(samples) // 4
+    spread = (samples[-1 - quarter] - samples[quarter]) / 2
+    return statistics.median(samples), spread, how
+
+
+def _on_cpu(
+    function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int
+) -> list[float]:
+    function(*inputs[0])
+    samples = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        function(*inputs[i % len(inputs)])
+        samples.append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def _on_gpu(
+    function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int, graph: bool
+) -> tuple[list[float], str]:
+    calls = [lambda arguments=arguments: function(*arguments) for arguments in inputs]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.synchronize()
+    if graph:
+        calls = [_captured(call) for call in calls]
+    for call in calls:
+        call()
+    samples = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / len(calls))
+    return samples, "graph" if graph else "eager"
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def sets_for(bytes_each: int, device: str) -> int:
+    """How many sets of inputs make them cold on a GPU; on a CPU one, used over and over."""
+    return max(2, -(-COLD_BYTES // bytes_each)) if device == "cuda" else 1
+
+
+def copy_bandwidth() -> float:
+    """Device-to-device copy, bytes read plus bytes written per second: the memory's ceiling."""
+    source = torch.empty(1 << 28, device="cuda", dtype=torch.float32).normal_()
+    target = torch.empty_like(source)
+    median, _, _ = milliseconds(lambda: target.copy_(source), [()], "cuda")
+    return 2 * source.numel() * source.element_size() / (median * 1e-3)
+
+
+def finish(rows: list[Row], path: Path | None) -> None:
+    """Fill in what all rows share, print the table, write the CSV."""
+    for row in rows:
+        row.device, row.versions = device_name(row.device), versions()
+        row.commit, row.date = commit(), time.strftime("%Y-%m-%d")
+    print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
+    print_table(rows)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            for row in rows:
+                ratios = "; ".join(f"{k} {v:.3g}" for k, v in row.ratios.items())
+                writer.writerow(asdict(row) | {"ratios": ratios})
+        print(f"\nwritten to {path}")
+
+
+def print_table(rows: list[Row]) -> None:
+    head = ("case", "dtype", "implementation", "ms", "± ms", "faster than", "check", "ceiling")
+    lines = [
+        (
+            row.case,
+            row.dtype,
+            row.implementation,
+            f"{row.milliseconds:.4g}",
+            f"{row.spread:.2g}",
+            ", ".join(f"{name} {ratio:.3g}×" for name, ratio in row.ratios.items()),
+            row.check,
+            row.share_of_ceiling,
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    for line in (head, *lines):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> str:
+    names = ("sdcore", "torch", "triton", "POT")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def commit() -> str:
+    root = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
+        )
+    except OSError:
+        return "no git"
+    return answer.stdout.strip() or "no commit"

@@ -1,0 +1,165 @@
+"""Pictures as tensors: files and sample photos in, files out."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Photos inside the wheels of scikit-image and scikit-learn, which install without downloads.
+PHOTOS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "cat": ("skimage", "data/chelsea.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "hubble": ("skimage", "data/hubble_deep_field.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+}
+DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+# Those that hold the result exactly or nearly so, and every Pillow writes.
+WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class ImageError(ValueError):
+    """An image can't be found, read or written; the message is one line for the user."""
+
+
+def find(name: str) -> Path:
+    """The file of the photo or, if no photo is called that, of the path ``name``.
+
+    Raises:
+        ImageError: there is no such file, or the package that brings the photo is missing.
+    """
+    if name not in PHOTOS:
+        path = Path(name)
+        if not path.is_file():
+            kind = "a directory" if path.is_dir() else "neither a file nor a sample photo"
+            raise ImageError(f"{name!r} is {kind} (the photos: {', '.join(PHOTOS)})")
+        return path
+    package, file = PHOTOS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImageError(
+            f"the photo {name!r} comes with {DISTRIBUTIONS[package]}, which is not installed: "
+            "pip install sdcore[cli], or name a file"
+        )
+    path = Path(spec.submodule_search_locations[0], file)
+    if not path.is_file():
+        raise ImageError(f"this {DISTRIBUTIONS[package]} lacks the photo {name!r}: name a file")
+    return path
+
+
+def read(path: Path) -> Tensor:
+    """An image file as RGB, [H, W, 3], float32 in [0, 1].
+
+    Turned as its EXIF orientation says, laid on white where it is transparent, gray repeated for
+    each channel. 16-bit gray keeps its 16 bits. Of several frames, the first.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                pixels = _gray(np.asarray(image), image.mode)
+            else:
+                pixels = np.asarray(_on_white(image)).astype(np.float32) / 255
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path} is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"can't read {path}: {_one_line(error)}") from error
+    return torch.from_numpy(pixels)
+
+
+def fit(image: Tensor, size: int) -> Tensor:
+    """The image reduced so that its longer side has at most ``size`` pixels.
+
+    In floating point: pixels that lie between two 8-bit levels stay there, and smooth areas have
+    more colors than they had before.
+    """
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    if scale >= 1:
+        return image
+    shape = [max(1, round(height * scale)), max(1, round(width * scale))]
+    planes = image.permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(planes, shape, mode="bicubic", antialias=True)
+    return small[0].permute(1, 2, 0).clamp(0, 1).contiguous()
+
+
+def quantize(image: Tensor) -> Tensor:
+    """The image as 8 bits per channel show it, in [0, 1] still."""
+    return (image * 255).round() / 255
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``ImageError`` where ``write`` would; leaves no trace."""
+    if path.suffix.lower() not in WRITABLE:
+        raise ImageError(f"{path} must end in one of {', '.join(WRITABLE)}")
+    check_creatable(path)
+
+
+def check_creatable(path: Path) -> None:
+    """Raise ``ImageError`` where a file can't be created or replaced; leaves no trace."""
+    new = not path.exists()
+    try:
+        # Permissions, read-only disks and missing folders: only trying tells.
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ImageError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def write(image: Tensor, path: Path) -> None:
+    """Write [H, W, 3] in [0, 1] as 8 bits per channel, in the format that the suffix names.
+
+    Raises:
+        ImageError: it can't be written.
+    """
+    from PIL import Image
+
+    pixels = (image * 255).round().to("cpu", torch.uint8).numpy()
+    try:
+        Image.fromarray(pixels).save(path, quality=95)
+    except OSError as error:
+        raise ImageError(f"can't write {path}: {_one_line(error)}") from error
+
+
+def _gray(levels: np.ndarray, mode: str) -> np.ndarray:
+    """Gray levels of 16 bits, [H, W], as [H, W, 3] in [0, 1]."""
+    # Pillow gives some 16-bit files as 32-bit integers ("I"). Wider ranges, and floating point
+    # ("F"), have no white that is known.
+    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("gray levels of more than 16 bits or in floating point")
+    gray = levels.astype(np.float32) / 65535
+    return np.repeat(gray[..., None], 3, axis=-1)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
