@@ -32,8 +32,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest --ignore=tests/triton_interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreter
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 	$(BIN)/python -m tests.aot
 
 test-gpu:

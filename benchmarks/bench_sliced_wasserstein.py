@@ -94,9 +94,7 @@ def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Te
     return both
 
 
-def agreement(
-    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str
-) -> str:  # fmt: skip
+def agreement(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str) -> str:
     """Relative errors of value and gradient; raises if they are not what the method promises."""
     value, gradient = (t.double() for t in found)
     value_error = ((value - expected[0]).abs() / expected[0]).item()
@@ -110,9 +108,7 @@ def agreement(
     return f"value {value_error:.0e}, gradient {gradient_error:.0e}"
 
 
-def exact_double(
-    x: Tensor, y: Tensor, directions: Tensor, ties: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def exact_double(x: Tensor, y: Tensor, directions: Tensor, ties: bool) -> tuple[Tensor, Tensor]:
     """Value and gradient by sorting in float64, a few directions at a time.
 
     Sorting gives equal points different gradients, as it happens to order them; sharing the sum
@@ -145,9 +141,12 @@ def run_case(case: Case, device: str, peers: bool) -> list[Row]:
         rivals[name] = row.milliseconds
         rows.append(row)
     for backend, method in (
-        ("cpp", "exact"), ("cpp", "binned"), ("cuda", "exact"), ("cuda", "binned"),
+        ("cpp", "exact"),
+        ("cpp", "binned"),
+        ("cuda", "exact"),
+        ("cuda", "binned"),
         ("triton", "binned"),
-    ):  # fmt: skip
+    ):
         if not _runs(backend, method, device):
             continue
         loss = ours(backend, method)
@@ -165,17 +164,13 @@ def _updates(case: Case, row: Row) -> str:
     return f"{2 * case.n * case.directions / row.milliseconds / 1e6:.3g} G projections/s"
 
 
-def _row(
-    case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str
-) -> Row:  # fmt: skip
+def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str) -> Row:
     slow = name in ("torch", "POT")
     median, spread, how = measure.milliseconds(
         with_gradient(loss), inputs, device, repeats=3 if slow else 11, graph=name != "POT"
     )
     dtype = str(case.dtype).removeprefix("torch.")
-    return Row(
-        "sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device
-    )
+    return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device)
 
 
 def _runs(backend: str, method: str, device: str) -> bool:
@@ -220,7 +215,11 @@ def main() -> None:
 
 
 def _print_ceilings() -> None:
-    print(f"\ncopy: {measure.copy_bandwidth() / 1e12:.2f} TB/s")
+    updates, reads = measure.shared_memory_rates()
+    print(
+        f"\nceilings in this run: copy {measure.copy_bandwidth() / 1e12:.2f} TB/s; shared memory, "
+        f"4096 bins, {updates / 1e9:.0f} G updates/s and {reads / 1e9:.0f} G reads/s"
+    )
 
 
 if __name__ == "__main__":

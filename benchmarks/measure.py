@@ -115,8 +115,38 @@ def copy_bandwidth() -> float:
     """Device-to-device copy, bytes read plus bytes written per second: the memory's ceiling."""
     source = torch.empty(1 << 28, device="cuda", dtype=torch.float32).normal_()
     target = torch.empty_like(source)
-    median, _, _ = milliseconds(lambda: target.copy_(source), [()], "cuda")
+    # Not in a graph: there a copy may go to the copy engine, which is slower.
+    median, _, _ = milliseconds(lambda: target.copy_(source), [()] * 10, "cuda", graph=False)
     return 2 * source.numel() * source.element_size() / (median * 1e-3)
+
+
+def shared_memory_rates(bins: int = 4096) -> tuple[float, float]:
+    """Updates and reads of random entries of a table in shared memory, per second: the ceilings
+    of counting projections, and of fetching their slopes."""
+    from sdcore import backends
+
+    module, device = backends.cuda_module(), torch.cuda.current_device()
+    blocks, threads, each = (
+        2 * torch.cuda.get_device_properties(device).multi_processor_count,
+        1024,
+        4096,
+    )
+    counts = torch.zeros(bins, dtype=torch.int32, device="cuda")
+    table = torch.rand(bins, device="cuda")
+    sums = torch.empty(blocks * threads, device="cuda")
+
+    def update() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        module.shared_atomics(counts.data_ptr(), bins, each, blocks, threads, 1, device, stream)
+
+    def read() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        arguments = (table.data_ptr(), bins, sums.data_ptr(), each, blocks, threads, 1)
+        module.shared_gathers(*arguments, device, stream)
+
+    done = blocks * threads * each
+    updates, reads = (milliseconds(call, [()], "cuda")[0] for call in (update, read))
+    return done / (updates * 1e-3), done / (reads * 1e-3)
 
 
 def finish(rows: list[Row], path: Path | None) -> None:

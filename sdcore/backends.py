@@ -193,8 +193,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(f"sdcore.{name}")
     except (ImportError, OSError) as error:
         return None, f"sdcore.{name} does not load: {error}"
-    if module.version != __version__:
-        return None, f"sdcore.{name} was built from sdcore {module.version}, this is {__version__}"
+    if (version := getattr(module, "version", "unknown")) != __version__:
+        return None, f"sdcore.{name} was built from sdcore {version}, this is {__version__}"
     return module, None
 
 

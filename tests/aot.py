@@ -189,8 +189,10 @@ def main() -> int:
     print(*wrong, sep="\n")
     seconds = time.monotonic() - start
     good = sum(not lines for lines in found)
-    print(f"ahead of time: {good} of {len(jobs)} compilations fit ({len(launches)} launches, "
-          f"{len(arguments.chips)} chips, {seconds:.0f} s)")  # fmt: skip
+    print(
+        f"ahead of time: {good} of {len(jobs)} compilations fit ({len(launches)} launches, "
+        f"{len(arguments.chips)} chips, {seconds:.0f} s)"
+    )
     return 1 if wrong or not launches else 0
 
 

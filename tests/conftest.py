@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sdcore.backends import triton_interpreted
+
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan() -> Iterator[None]:
@@ -26,10 +28,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Skipped from here, all of them make one line of the summary.
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("interpreter") and not triton_interpreted():
+        pytest.skip("runs in the process with TRITON_INTERPRET=1")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 
 import sdcore
-from sdcore import backends
 
 
 @dataclass(frozen=True)
@@ -21,27 +20,22 @@ class Platform:
 
 
 def platforms(*names: str) -> list:
-    """Parameters for the named backends. A Triton kernel runs on a GPU, and, in a process of its
-    own with TRITON_INTERPRET=1, on the CPU; there nothing else runs."""
-    found = []
-    interpreted = backends.triton_interpreted()
-    for name in names:
-        if name == "triton":
-            found.append(_param("cpu", name, pytest.mark.interpreter, interpreted))
-            found.append(_param("cuda", name, pytest.mark.gpu, not interpreted))
-        elif name == "cuda":
-            found.append(_param("cuda", name, pytest.mark.gpu, not interpreted))
-        elif name == "cpp":
-            found.append(_param("cpu", name, (), not interpreted))
-        else:
-            found.append(_param("cpu", name, (), not interpreted))
-            found.append(_param("cuda", name, pytest.mark.gpu, not interpreted))
-    return found
+    """Parameters for the named backends.
+
+    Triton kernels run on a GPU, and on the CPU in a process of its own with TRITON_INTERPRET=1,
+    which selects the tests marked ``interpreter``.
+    """
+    devices = {
+        "reference": ("cpu", "cuda"),
+        "cpp": ("cpu",),
+        "triton": ("cpu", "cuda"),
+        "cuda": ("cuda",),
+    }
+    return [_param(device, name) for name in names for device in devices[name]]
 
 
-def _param(device: str, name: str, marks: object, here: bool) -> object:
-    marks = list(marks) if isinstance(marks, tuple) else [marks]
-    if not here:
-        marks.append(pytest.mark.skip(reason="only in the process with TRITON_INTERPRET=1"
-                                      if name == "triton" else "TRITON_INTERPRET=1 is set"))  # fmt: skip
+def _param(device: str, name: str) -> object:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    if (device, name) == ("cpu", "triton"):
+        marks.append(pytest.mark.interpreter)
     return pytest.param(Platform(device, name), id=f"{device}-{name}", marks=marks)

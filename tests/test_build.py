@@ -15,8 +15,9 @@ from sdcore.backends import build_report
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"cpu": "sdcore._cpu", "cuda": "sdcore._cuda"}
-built = {kind: build_report().get(kind, {}).get("built") for kind in MODULES}
-needs_cuda_module = pytest.mark.skipif(not built["cuda"], reason="sdcore._cuda is not built")
+needs_cuda_module = pytest.mark.skipif(
+    not build_report().get("cuda", {}).get("built"), reason="sdcore._cuda is not built"
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,7 @@ def test_cuda_that_is_demanded_and_missing_is_an_error(build, tmp_path):
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_report_agrees_with_what_is_there(kind):
+    assert build_report(), "there is no report: install sdcore (pip install -e .)"
     report = build_report()[kind]
     there = importlib.util.find_spec(MODULES[kind]) is not None
     assert report["built"] is there
@@ -183,14 +185,14 @@ def test_modules_are_built_where_they_can_be(build):
         build.find_compiler()
     except build.Unavailable as reason:
         pytest.skip(str(reason))
-    assert build_report()["cpu"]["built"], build_report()["cpu"]
+    assert build_report().get("cpu", {}).get("built"), build_report()
     try:
         build.find_nvcc(os.environ)
     except build.Unavailable as reason:
         pytest.skip(str(reason))
     if os.environ.get("SDCORE_BUILD_CUDA") == "0":
         pytest.skip("SDCORE_BUILD_CUDA=0")
-    assert build_report()["cuda"]["built"], build_report()["cuda"]
+    assert build_report()["cuda"]["built"], build_report()
 
 
 def test_triton_kernels_are_installed_inside_sdcore():

@@ -29,7 +29,8 @@ WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
 # many addresses, which more directions help: 411 µs a side, where (8, 512) takes 625.
 RANGE_TILE = (4, 1024)  # 100 µs for both sides; (8, 512) takes 126
 HISTOGRAM_TILE = (32, 128)
-BACKWARD_TILE = (4, 512)  # 120 µs; (8, 512) takes 167; (2, 1024) 110, but it spills with weights
+BACKWARD_TILE = (1, 512)
+SLOPE_TILE = (8, 512)
 WARPS = 4
 # Bins that one program holds at a time when it solves a direction's problem.
 BINS = 1024
@@ -37,24 +38,24 @@ BINS = 1024
 
 @triton.jit
 def _projections(
-    points, directions, b, l, rows, inside, sb, sn, sd,
+    points, directions, b, dirs, rows, inside, sb, sn, sd,
     D: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Projections [directions, points] of the points ``rows`` to the directions ``l``.
+    """Projections [directions, points] of the points ``rows`` to the directions ``dirs``.
 
     PROJECTED: ``points`` holds projections already, a direction in the place of a coordinate.
     """
     REAL: tl.constexpr = directions.dtype.element_ty
     at = points + b.to(tl.int64) * sb + rows.to(tl.int64)[None, :] * sn
     if PROJECTED:
-        value = tl.load(at + l[:, None].to(tl.int64) * sd, mask=inside, other=0.0).to(REAL)
+        value = tl.load(at + dirs[:, None].to(tl.int64) * sd, mask=inside, other=0.0).to(REAL)
     else:
         value = tl.zeros(inside.shape, REAL)
         # A mask of points alone keeps the loads one-dimensional: one for all directions.
         valid = tl.max(inside.to(tl.int32), 0)[None, :] > 0
         for k in tl.static_range(D):
             x = tl.load(at + k * sd, mask=valid, other=0.0).to(REAL)
-            value += x * tl.load(directions + l * D + k)[:, None]
+            value += x * tl.load(directions + dirs * D + k)[:, None]
     return value
 
 
@@ -62,7 +63,7 @@ def _projections(
 def _bins(projection, low, high, bins):
     """Bin of each projection, and whether it is finite. Those that are not go to bin 0 or last."""
     scale = tl.where(high > low, bins / (high - low), 0.0)
-    position = (projection - low[:, None]) * scale[:, None]
+    position = (projection - low) * scale
     finite = tl.abs(position) < float("inf")  # false for NaN
     inside = tl.minimum(tl.where(position > 0, position, 0.0), bins - 1)
     return inside.to(tl.int32), finite
@@ -73,18 +74,18 @@ def range_kernel(
     points, directions, least, most, n, count_l, blocks, sb, sn, sd,
     D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """least, most [b, block, l]: the ends of the projections of each block of points."""
+    """least, most [b, block, direction]: the ends of the projections of each block of points."""
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks
-    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    dirs = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)
     rows = block * POINTS + tl.arange(0, POINTS)
-    known = l < count_l
-    l = tl.where(known, l, 0)  # noqa: E741
+    known = dirs < count_l
+    dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
     value = _projections(
-        points, directions, b, l, rows, inside, sb, sn, sd, D, PROJECTED
+        points, directions, b, dirs, rows, inside, sb, sn, sd, D, PROJECTED
     )  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * count_l + l
+    at = tl.program_id(0).to(tl.int64) * count_l + dirs
     tl.store(least + at, tl.min(tl.where(inside, value, float("inf")), 1), mask=known)
     tl.store(most + at, tl.max(tl.where(inside, value, float("-inf")), 1), mask=known)
 
@@ -95,22 +96,21 @@ def histogram_kernel(
     sb, sn, sd, bins,
     D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds points to histogram[b, l]; marks poison[b, l] if a projection is not finite.
+    """Adds points to histogram[b, direction]; marks poison[b, direction] if one is not finite.
 
     ``points`` holds ``n`` of ``count_n`` points, from point ``first`` on; the weights are of all.
     """
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks
-    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    dirs = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)
     rows = block * POINTS + tl.arange(0, POINTS)
-    known = l < count_l
-    l = tl.where(known, l, 0)  # noqa: E741
+    known = dirs < count_l
+    dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
-    value = _projections(points, directions, b, l, rows, inside, sb, sn, sd, D, PROJECTED)
-    slot = b.to(tl.int64) * count_l + l
-    index, finite = _bins(
-        value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins
-    )  # fmt: skip
+    value = _projections(points, directions, b, dirs, rows, inside, sb, sn, sd, D, PROJECTED)
+    slot = b.to(tl.int64) * count_l + dirs
+    low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
+    index, finite = _bins(value, low[:, None], high[:, None], bins)
     bad = ~finite
     target = histogram + slot[:, None] * bins + index
     if weights is not None:
@@ -283,37 +283,61 @@ def solve_2_kernel(
 
 
 @triton.jit
+def _coordinate(points, rows, valid, sn, offset, wanted: tl.constexpr, REAL: tl.constexpr):
+    if wanted:
+        return tl.load(points + rows.to(tl.int64) * sn + offset, mask=valid, other=0.0).to(REAL)
+    else:
+        return tl.zeros(rows.shape, REAL)
+
+
+@triton.jit
 def backward_kernel(
     grad, points, directions, weights, table, edges, out, n, count_l, blocks,
     sb, sn, sd, ob, on, od, bins,
-    D: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
+    D: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of points of up to four coordinates, summed over all directions."""
+    """The gradient of a block of points of up to four coordinates, summed over all directions.
+
+    One direction at a time: a tile of several would have to be summed across threads.
+    """
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks
     rows = block * POINTS + tl.arange(0, POINTS)
     valid = rows < n
     REAL: tl.constexpr = directions.dtype.element_ty
+    points += b.to(tl.int64) * sb
+    x0 = _coordinate(points, rows, valid, sn, 0, True, REAL)
+    x1 = _coordinate(points, rows, valid, sn, sd, D > 1, REAL)
+    x2 = _coordinate(points, rows, valid, sn, 2 * sd, D > 2, REAL)
+    x3 = _coordinate(points, rows, valid, sn, 3 * sd, D > 3, REAL)
     sum0 = tl.zeros([POINTS], REAL)
     sum1 = sum0
     sum2 = sum0
     sum3 = sum0
-    for group in range(0, count_l, DIRECTIONS):
-        l = group + tl.arange(0, DIRECTIONS)  # noqa: E741
-        known = l < count_l
-        l = tl.where(known, l, 0)  # noqa: E741
-        inside = known[:, None] & valid[None, :]
-        value = _projections(points, directions, b, l, rows, inside, sb, sn, sd, D, False)
-        slot = b.to(tl.int64) * count_l + l
-        slope = _slopes(value, grad, table, edges, slot, inside, bins)
-        pull = directions + l * D
-        sum0 += tl.sum(slope * tl.load(pull)[:, None], 0)
+    for number in range(count_l):
+        slot = b.to(tl.int64) * count_l + number
+        direction = directions + number * D
+        theta0 = tl.load(direction)
+        value = x0 * theta0
         if D > 1:
-            sum1 += tl.sum(slope * tl.load(pull + 1)[:, None], 0)
+            theta1 = tl.load(direction + 1)
+            value += x1 * theta1
         if D > 2:
-            sum2 += tl.sum(slope * tl.load(pull + 2)[:, None], 0)
+            theta2 = tl.load(direction + 2)
+            value += x2 * theta2
         if D > 3:
-            sum3 += tl.sum(slope * tl.load(pull + 3)[:, None], 0)
+            theta3 = tl.load(direction + 3)
+            value += x3 * theta3
+        index, _ = _bins(value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins)
+        slope = tl.load(table + slot * bins + index, mask=valid, other=0.0)
+        slope *= tl.load(grad + slot)
+        sum0 += slope * theta0
+        if D > 1:
+            sum1 += slope * theta1
+        if D > 2:
+            sum2 += slope * theta2
+        if D > 3:
+            sum3 += slope * theta3
     if weights is not None:
         mass = tl.load(weights + b.to(tl.int64) * n + rows, mask=valid, other=0.0).to(REAL)
     else:
@@ -330,28 +354,25 @@ def backward_kernel(
 
 
 @triton.jit
-def _slopes(value, grad, table, edges, slot, inside, bins):
-    index, _ = _bins(value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins)
-    slope = tl.load(table + slot[:, None] * bins + index, mask=inside, other=0.0)
-    return slope * tl.load(grad + slot)[:, None]
-
-
-@triton.jit
 def slope_kernel(
     grad, projections, directions, table, edges, n, count_l, blocks, sb, sl, bins,
     DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """Replaces projections [b, l, n] by the derivative of the loss to them, per unit of mass."""
+    """Replaces projections [b, dirs, n] by the derivative of the loss to them, per unit of mass."""
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks
-    l = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)  # noqa: E741
+    dirs = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)
     rows = block * POINTS + tl.arange(0, POINTS)
-    known = l < count_l
-    l = tl.where(known, l, 0)  # noqa: E741
+    known = dirs < count_l
+    dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
-    value = _projections(projections, directions, b, l, rows, inside, sb, 1, sl, 1, True)
-    slope = _slopes(value, grad, table, edges, b.to(tl.int64) * count_l + l, inside, bins)
-    at = projections + b.to(tl.int64) * sb + l[:, None].to(tl.int64) * sl + rows[None, :]
+    value = _projections(projections, directions, b, dirs, rows, inside, sb, 1, sl, 1, True)
+    slot = b.to(tl.int64) * count_l + dirs
+    low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
+    index, _ = _bins(value, low[:, None], high[:, None], bins)
+    slope = tl.load(table + slot[:, None] * bins + index, mask=inside, other=0.0)
+    slope *= tl.load(grad + slot)[:, None]
+    at = projections + b.to(tl.int64) * sb + dirs[:, None].to(tl.int64) * sl + rows[None, :]
     tl.store(at, slope, mask=inside)
 
 
@@ -405,17 +426,17 @@ def binned_backward(
     count_l, bins = table.shape[1:]
     with _on(points):
         if d <= MOST_COORDINATES:
-            wide, long = _tile(BACKWARD_TILE, directions)
+            _, long = _tile(BACKWARD_TILE, directions)
             blocks = triton.cdiv(n, long)
             backward_kernel[(blocks * batch,)](
                 grad, points, directions, None if weights is None else weights.contiguous(),
                 table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), bins,
-                D=d, DIRECTIONS=wide, POINTS=long, num_warps=WARPS,
+                D=d, POINTS=long, num_warps=WARPS,
             )  # fmt: skip
             return out
         for first, slopes in _projected(points, directions):
             count = slopes.shape[-1]
-            wide, long = _tile(BACKWARD_TILE, directions)
+            wide, long = _tile(SLOPE_TILE, directions)
             blocks = triton.cdiv(count, long)
             slope_kernel[(blocks * batch, triton.cdiv(count_l, wide))](
                 grad, slopes, directions, table, edges, count, count_l, blocks,
@@ -432,7 +453,7 @@ def binned_backward(
 
 
 def _tile(tile: tuple[int, int], directions: Tensor) -> tuple[int, int]:
-    """Directions and points of a program. A float64 number takes two registers, and its division more: a quarter."""
+    """Directions and points of a program. Float64 numbers and divisions take more registers."""
     return (tile[0], tile[1] // 4) if directions.dtype == torch.float64 else tile
 
 

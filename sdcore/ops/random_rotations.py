@@ -79,6 +79,6 @@ def resolve_device(
     device = torch.device(device)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
-            f"generator must be on {device.type}, where the result is; got one on {generator.device}"
+            f"generator must be on {device.type}, as the result; got one on {generator.device}"
         )
     return device

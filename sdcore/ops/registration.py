@@ -34,7 +34,9 @@ def define(
     return getattr(torch.ops.sdcore, name).default
 
 
-def gradient(op: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]) -> None:
+def gradient(
+    op: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]
+) -> None:
     """Register ``backward(ctx, *grads)`` for ``op``, with ``save(ctx, inputs, output)``."""
     torch.library.register_autograd(op, backward, setup_context=save, lib=LIBRARY)
 
@@ -53,4 +55,6 @@ def once_differentiable(op: Callable[..., Any], name: str) -> None:
 
 def no_second_derivative(name: str) -> RuntimeError:
     """The error of every op whose gradient is not differentiable."""
-    return RuntimeError(f"sdcore.ops.{name} has no second derivative: its gradient is not differentiable")
+    return RuntimeError(
+        f"sdcore.ops.{name} has no second derivative: its gradient is not differentiable"
+    )

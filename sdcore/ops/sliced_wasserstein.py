@@ -258,11 +258,14 @@ def _check_points(x: Tensor, y: Tensor) -> None:
         if points.dim() < 2:
             raise ValueError(f"{name} must be [..., points, d]; got shape {tuple(points.shape)}")
         if points.shape[-2] == 0 or points.shape[-1] == 0:
-            raise ValueError(f"{name} must hold at least one point of at least one dimension; "
-                             f"got shape {tuple(points.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{name} must hold at least one point of at least one dimension; "
+                f"got shape {tuple(points.shape)}"
+            )
         if points.shape[-2] > MOST_POINTS:
-            raise ValueError(f"{name} must have at most {MOST_POINTS} points; "
-                             f"got {points.shape[-2]}")  # fmt: skip
+            raise ValueError(
+                f"{name} must have at most {MOST_POINTS} points; got {points.shape[-2]}"
+            )
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"y must have the dimension d of x, {x.shape[-1]}; got {y.shape[-1]}")
     _check_device("y", y, x)
@@ -555,7 +558,7 @@ def _share_by_mass(slope: Tensor, values: Tensor, mass: Tensor) -> Tensor:
 
 
 def _check_weights(*weights: Tensor | None) -> None:
-    """On a CPU, looking costs nothing: name the bad weights. ``_normalized_weights`` marked them."""
+    """On a CPU looking costs nothing: name the weights that were found bad, and marked NaN."""
     for name, rows in zip(("weights_x", "weights_y"), weights, strict=True):
         if rows is not None and rows.device.type == "cpu" and rows[:, 0].isnan().any():
             raise ValueError(f"{name} must be non-negative, finite and not all zero")

@@ -18,10 +18,13 @@ from tests.platforms import Platform, platforms
 # Coordinates that are multiples of 2^-7 in [0, 1] are exact in every dtype, and directions whose
 # entries are multiples of 1/8 and add up to 1 make projections, bin widths and bin numbers exact
 # in float32: then nothing but the sums can differ, and ties abound.
-DYADIC_DIRECTIONS = torch.tensor(
-    [[8, 0, 0], [0, 8, 0], [4, 2, 2], [3, -4, 1], [-1, -1, 6], [-5, 2, -1], [2, 3, 3]],
-    dtype=torch.float64,
-) / 8  # fmt: skip
+DYADIC_DIRECTIONS = (
+    torch.tensor(
+        [[8, 0, 0], [0, 8, 0], [4, 2, 2], [3, -4, 1], [-1, -1, 6], [-5, 2, -1], [2, 3, 3]],
+        dtype=torch.float64,
+    )
+    / 8
+)
 ALL = platforms("reference", "cpp", "triton")
 SORTING = platforms("reference", "cpp")
 # The interpreter is slow: it runs a half of the largest test.
@@ -98,9 +101,7 @@ def test_agrees_with_the_specification(
     options |= {k: v for k, v in weights.items() if k[-1] in weighted}
     cotangent = torch.rand(2, len(DYADIC_DIRECTIONS), dtype=torch.float64)
 
-    exact = value_and_gradient(
-        specified, x, y, cotangent, directions=DYADIC_DIRECTIONS, **options
-    )  # fmt: skip
+    exact = value_and_gradient(specified, x, y, cotangent, directions=DYADIC_DIRECTIONS, **options)
     low = [t.to(dtype) for t in (x, y)]
     directions = DYADIC_DIRECTIONS.float() if dtype != torch.float64 else DYADIC_DIRECTIONS
     plain = value_and_gradient(specified, *low, cotangent, directions=directions, **options)
@@ -273,7 +274,7 @@ def test_error_bound_of_binned_is_tight(platform: Platform) -> None:
     with platform.forced():
         value = sliced_wasserstein(
             x, y, directions=one, method="binned", bins=4, value_range=(0, 1)
-        )  # fmt: skip
+        )
     assert value.item() == 0.25
 
 
@@ -415,9 +416,7 @@ def test_points_outside_of_value_range_count_in_the_end_bins(
 ) -> None:
     if method == "exact":
         with pytest.raises(ValueError, match="value_range"), platform.forced():
-            sliced_wasserstein(
-                *torch.rand(2, 5, 3, device=platform.device), value_range=(0, 1)
-            )  # fmt: skip
+            sliced_wasserstein(*torch.rand(2, 5, 3, device=platform.device), value_range=(0, 1))
         return
     directions = torch.eye(3, dtype=torch.float64, device=platform.device)
     x = torch.rand(2, 50, 3, dtype=torch.float64, device=platform.device) * 3 - 1
@@ -426,9 +425,7 @@ def test_points_outside_of_value_range_count_in_the_end_bins(
     cotangent = torch.ones(2, 3)
     with platform.forced():
         clamped, inside = (
-            value_and_gradient(
-                per_direction, points, y, cotangent, value_range=(0, 1), **options
-            )  # fmt: skip
+            value_and_gradient(per_direction, points, y, cotangent, value_range=(0, 1), **options)
             for points in (x, x.clamp(0, 1))
         )
     for a, b in zip(clamped, inside, strict=True):
@@ -511,11 +508,9 @@ def test_inference_mode_and_no_grad(platform: Platform, method: str) -> None:
         with torch.inference_mode():
             assert torch.equal(
                 sliced_wasserstein(x, y, directions=directions, method=method), value
-            )  # fmt: skip
+            )
         with torch.no_grad():
-            inside = sliced_wasserstein(
-                x.requires_grad_(), y, directions=directions, method=method
-            )  # fmt: skip
+            inside = sliced_wasserstein(x.requires_grad_(), y, directions=directions, method=method)
     assert torch.equal(inside, value) and not inside.requires_grad
 
 
@@ -573,14 +568,17 @@ def test_opcheck(platform: Platform, method: str, p: int) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("platform, method", cases())
-def test_compiles_without_a_graph_break(
-    platform: Platform, method: str, reduction: str
-) -> None:  # fmt: skip
+def test_compiles_without_a_graph_break(platform: Platform, method: str, reduction: str) -> None:
     def loss(x: Tensor, y: Tensor, directions: Tensor, weights: Tensor) -> Tensor:
         values = sliced_wasserstein(
-            x * 1.5, y, directions=directions, weights_y=weights, method=method,
-            bins=64, reduction=reduction,
-        )  # fmt: skip
+            x * 1.5,
+            y,
+            directions=directions,
+            weights_y=weights,
+            method=method,
+            bins=64,
+            reduction=reduction,
+        )
         return values.sum() + sliced_wasserstein(x, y, directions=4, method=method).sum() * 0
 
     arguments = [torch.rand(2, 30, 3), torch.rand(2, 20, 3), torch.randn(5, 3), torch.rand(2, 20)]
@@ -721,10 +719,15 @@ def test_repeats_bit_for_bit_on_a_gpu(platform: Platform) -> None:
         for _ in range(5):
             results.append(
                 value_and_gradient(
-                    per_direction, x, y, torch.ones(2, 9, device="cuda"),
-                    directions=directions, weights_x=weights, method="binned",
+                    per_direction,
+                    x,
+                    y,
+                    torch.ones(2, 9, device="cuda"),
+                    directions=directions,
+                    weights_x=weights,
+                    method="binned",
                 )
-            )  # fmt: skip
+            )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -775,10 +778,14 @@ def test_on_the_second_device(platform: Platform) -> None:
         with platform.forced():
             results.append(
                 value_and_gradient(
-                    per_direction, x.to(device), y.to(device), torch.ones(9, device=device),
-                    directions=directions.to(device), method="binned",
+                    per_direction,
+                    x.to(device),
+                    y.to(device),
+                    torch.ones(9, device=device),
+                    directions=directions.to(device),
+                    method="binned",
                 )
-            )  # fmt: skip
+            )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
