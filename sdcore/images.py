@@ -52,7 +52,7 @@ def find(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImageError(
             f"the photo {name!r} comes with {DISTRIBUTIONS[package]}, which is not installed: "
-            "pip install sdcore[cli], or name a file"
+            "pip install 'sdcore[cli]', or name a file"
         )
     path = Path(spec.submodule_search_locations[0], file)
     if not path.is_file():

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.ops.sliced_wasserstein import METHODS
 
-STEPS = 300
+STEPS = 200
 DIRECTIONS = 30
 LEARNING_RATE = 0.3
 
@@ -43,8 +43,7 @@ def recolor(
         reference: [H', W', 3], likewise, on the same device; its size may differ.
         steps: how many Adam steps, 1 or more.
         directions: how many directions per step, 1 or more.
-        learning_rate: about the furthest that a channel moves in one step; greater than 0. It
-            falls to 0 along a cosine, which averages out the noise of the random directions.
+        learning_rate: about the furthest that a channel moves in one step; greater than 0.
         seed: of the directions, 0 to 2^64 − 1. Equal arguments give an equal result on one backend
             and machine; devices draw different directions.
         method: that of :func:`sdcore.ops.sliced_wasserstein`, ``"binned"`` or ``"exact"``.
@@ -56,8 +55,8 @@ def recolor(
         [H, W, 3] in [0, 1], of the source's dtype and on its device. Arithmetic is at least
         float32. Neither argument is changed, and no gradient flows to them.
 
-    Cost: ``steps`` times the value and gradient of the op, with its memory, and four times the
-    source for Adam.
+    Cost: ``steps`` times the value and gradient of the op. Memory: that of the op and four copies
+    of the source.
 
     Raises:
         TypeError: an argument of the wrong type, or an image that is not floating-point.
@@ -70,6 +69,8 @@ def recolor(
         raise ValueError(
             f"reference must be on the device of source, {source.device}; got {reference.device}"
         )
+    _check_range("source", source)
+    _check_range("reference", reference)
     _check_int("steps", steps, 1)
     _check_int("directions", directions, 1)
     _check_int("seed", seed, 0, (1 << 64) - 1)
@@ -87,15 +88,15 @@ def recolor(
     rotations = -(-directions // 3)
     value_range = (0.0, 1.0) if method == "binned" else None
 
-    # The pictures need an Adam that is nearly gradient descent. Momentum carries pixels past
-    # each other: with the usual 0.9 bright and dark trade places, the picture gets outlines, and
-    # the colors have traveled a quarter further than the optimal transport asks (with 0, none).
-    # Dividing by the gradient's own size would move every channel of every pixel at one speed,
-    # also those that have nowhere to go, which shows as speckle. With epsilon as large as the
-    # learning rate, a gradient g moves a pixel by g where g is small, and by no more than the
-    # learning rate where it is large. On n·SW, g is 2/3 of the pixel's mean displacement.
+    # A natural picture needs colors to keep their order, so Adam is set up close to gradient
+    # descent. Momentum carries pixels past each other: with the usual 0.9, bright and dark trade
+    # places, and pixels travel 20 to 60% further (mean square, three pairs of photos) than the
+    # optimal transport; with 0, at most 4% further. Dividing by the gradient's own size, as a
+    # tiny epsilon does, gives every pixel one speed, also those that have nowhere to go: pixels
+    # of nearly equal color end up half again as far apart, which shows as speckle. With epsilon
+    # as large as the learning rate, a pixel moves by its gradient g where g is small, and by no
+    # more than the learning rate where g is large. g is about 2/3 of the way to its partner.
     optimizer = torch.optim.Adam([x], lr=learning_rate, betas=(0.0, 0.99), eps=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         axes = random_rotations(rotations, 3, generator).flatten(0, 1)[:directions]
         value = sliced_wasserstein(
@@ -104,7 +105,6 @@ def recolor(
         optimizer.zero_grad()
         (x.shape[0] * value).backward()
         optimizer.step()
-        schedule.step()
         with torch.no_grad():
             x.clamp_(0, 1)
         if progress is not None:
@@ -121,6 +121,9 @@ def _check_image(name: str, image: Tensor) -> None:
         raise ValueError(
             f"{name} must be [H, W, 3] with at least one pixel; got shape {tuple(image.shape)}"
         )
+
+
+def _check_range(name: str, image: Tensor) -> None:
     low, high = (bound.item() for bound in image.detach().aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{name} must lie in [0, 1]; got values from {low} to {high}")

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -73,10 +73,9 @@ SDCORE_INLINE void project_tile(const Real* planar, int64_t pitch, int64_t dim,
   using Vector = typename Simd<Real>::Vector;
   for (int v = 0; v < kVectors; ++v) out[v] = Vector{} + offset;
   for (int64_t k = 0; k < (kDim ? kDim : dim); ++k) {
-    const auto* column = reinterpret_cast<const Vector*>(planar + k * pitch);
     for (int v = 0; v < kVectors; ++v) {
       Vector value;
-      std::memcpy(&value, column + v, sizeof(value));
+      std::memcpy(&value, planar + k * pitch + v * Simd<Real>::width, sizeof(value));
       out[v] += value * direction[k];
     }
   }

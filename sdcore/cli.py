@@ -1,0 +1,356 @@
+"""The command line: ``sdcore info`` and ``sdcore recolor``.
+
+A command that can't do what it was asked says so in one line and exits with 2, before it starts
+on anything that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from sdcore import __version__, backends, images
+from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.recolor import DIRECTIONS, STEPS, recolor
+
+# Module and the distribution that brings it, all in the extra `cli`.
+PILLOW = ("PIL", "Pillow")
+POT = ("ot", "POT")
+MATPLOTLIB = ("matplotlib.figure", "matplotlib")
+TQDM = ("tqdm", "tqdm")
+
+# Exact transport between more points takes minutes: its time grows with their square and more.
+POINTS = 3000
+# For the sliced distance over all pixels: 96 directions, a multiple of 3.
+ROTATIONS = 32
+
+
+class CommandError(Exception):
+    """The command can't do what it was asked; the message is one line for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; argparse would print the usage above each."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, or 2 with an error in one line, or 130 on Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (CommandError, images.ImageError, backends.BackendError) as error:
+        print(f"sdcore {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sdcore {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="sdcore", description="Fused kernels for diffusion research.")
+    parser.add_argument("--version", action="version", version=f"sdcore {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info",
+        help="what this machine can run, what it can't, and why",
+        description="Versions, devices, compiled modules, and the backends of each op.",
+    )
+    info.add_argument("--json", action="store_true", help="the same as one JSON object")
+    info.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "recolor",
+        help="give one image the colors of another",
+        description="Move the colors of SOURCE to the palette of REFERENCE by descending the "
+        "sliced Wasserstein distance between them.",
+        epilog=f"Photos: {', '.join(images.PHOTOS)}. A file of the same name is meant as ./NAME.",
+    )
+    name = {"nargs": "?", "help": "image file, or the name of a photo (default: %(default)s)"}
+    command.add_argument("source", metavar="SOURCE", default="motorcycle", **name)
+    command.add_argument("reference", metavar="REFERENCE", default="rocket", **name)
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("recolored.png"),
+        metavar="FILE",
+        help="where the recolored image goes (default: %(default)s)",
+    )
+    figure = command.add_mutually_exclusive_group()
+    figure.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("figure.png"),
+        metavar="FILE",
+        help="where the figure goes: images and colors before and after (default: %(default)s)",
+    )
+    figure.add_argument(
+        "--no-figure", dest="figure", action="store_const", const=None, help="draw no figure"
+    )
+    command.add_argument(
+        "--steps", type=_positive, default=STEPS, metavar="N", help="Adam steps (%(default)s)"
+    )
+    command.add_argument(
+        "--directions",
+        type=_positive,
+        default=DIRECTIONS,
+        metavar="L",
+        help="random directions per step (%(default)s)",
+    )
+    command.add_argument(
+        "--size",
+        type=_positive,
+        default=640,
+        metavar="PIXELS",
+        help="images with a longer side than this are reduced to it (%(default)s)",
+    )
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU"
+    )
+    command.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="of the directions (%(default)s)"
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors, and no progress bar"
+    )
+    command.set_defaults(run=_recolor)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = _integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"must be 0 to 2^64 - 1; got {value}")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+
+
+def _info(args: argparse.Namespace) -> None:
+    from sdcore import info
+
+    facts = info.collect()
+    print(json.dumps(facts, indent=2) if args.json else info.describe(facts))
+
+
+def _recolor(args: argparse.Namespace) -> None:
+    measured = args.figure is not None or not args.quiet
+    _need(PILLOW, TQDM, *([POT] if measured else []), *([MATPLOTLIB] if args.figure else []))
+    device = _device(args.device)
+    _try_ops(device, ("binned", "exact") if measured else ("binned",))
+    files = [images.find(args.source), images.find(args.reference)]
+    _check_outputs(args.output, args.figure, files)
+    source, reference = (images.fit(images.read(file), args.size).to(device) for file in files)
+    if measured and _pixels(reference) < 2:
+        raise CommandError("REFERENCE must have at least 2 pixels, to be sampled twice")
+
+    start = time.perf_counter()
+    result = images.quantize(_descend(source, reference, args))
+    seconds = time.perf_counter() - start
+    # Before all else: if anything should go wrong from here on, the picture is safe.
+    images.write(result, args.output)
+    if not args.quiet:
+        backend = backends.default("sliced_wasserstein_binned", device.type)
+        print(
+            f"{args.source} {_shape(source)} with the palette of {args.reference} "
+            f"{_shape(reference)}: {args.steps} steps in {seconds:.1f} s on {device} ({backend})",
+            flush=True,
+        )
+    if measured:
+        distances = _measure(source, reference, result, args.quiet)
+    if args.figure is not None:
+        _draw(args.figure, (source, reference, result), distances)
+    if not args.quiet:
+        print(_report(distances, args))
+
+
+def _need(*packages: tuple[str, str]) -> None:
+    """All at once, so that one installation serves."""
+    missing = []
+    for module, distribution in packages:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{distribution} ({error})")
+    if missing:
+        raise CommandError(f"needs {', '.join(missing)}: pip install 'sdcore[cli]'")
+
+
+def _device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: PyTorch finds no GPU here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _try_ops(device: torch.device, methods: Sequence[str]) -> None:
+    """SDCORE_BACKEND may ask for a backend that can't run them: better to hear of it at once."""
+    point = torch.zeros(1, 3, device=device)
+    for method in methods:
+        try:
+            sliced_wasserstein(point, point, directions=1, method=method)
+        except (backends.BackendError, ValueError) as error:
+            raise CommandError(str(error)) from error
+
+
+def _check_outputs(output: Path, figure: Path | None, inputs: Sequence[Path]) -> None:
+    taken = [file.resolve() for file in inputs]
+    if output.resolve() in taken:
+        raise CommandError(f"--output {output} would replace an image that is read")
+    images.check_writable(output)
+    if figure is None:
+        return
+    from sdcore import figures
+
+    if figure.resolve() in [*taken, output.resolve()]:
+        raise CommandError(f"--figure {figure} would replace an image that is read or written")
+    if not figures.supported(figure.suffix):
+        raise CommandError(f"--figure {figure} must end in .png, .svg, .pdf or the like")
+    images.check_creatable(figure)
+
+
+def _descend(source: Tensor, reference: Tensor, args: argparse.Namespace) -> Tensor:
+    from tqdm import tqdm
+
+    with tqdm(total=args.steps, desc="Recoloring", unit="step", disable=args.quiet) as bar:
+
+        def show(step: int, value: Tensor) -> None:
+            # Reading the value makes a GPU wait, so not at every step.
+            if not args.quiet and (step % 20 == 0 or step == args.steps):
+                bar.set_postfix_str(f"sliced W2 {value.sqrt().item():.4f}", refresh=False)
+            bar.update()
+
+        return recolor(
+            source,
+            reference,
+            steps=args.steps,
+            directions=args.directions,
+            seed=args.seed,
+            progress=show,
+        )
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Between two images, in units of a channel that spans 0 to 1."""
+
+    w1: float
+    w2: float
+    sliced_w1: float
+
+
+def _measure(
+    source: Tensor, reference: Tensor, result: Tensor, quiet: bool
+) -> dict[str, Distances]:
+    """To the reference, before and after; and between two samples of the reference, the floor."""
+    from tqdm import tqdm
+
+    count = min(POINTS, _pixels(source), _pixels(reference) // 2)
+    target, other = _sample(reference, 2 * count).split(count)
+    distances = {}
+    with tqdm(total=3, desc="Measuring", unit="pair", disable=quiet) as bar:
+        for name, image in (("before", source), ("after", result)):
+            sliced = _sliced_w1(image, reference)
+            distances[name] = Distances(*_exact_w1_w2(_sample(image, count), target), sliced)
+            bar.update()
+        # The sliced distance takes all pixels: from an image to itself it is zero.
+        distances["floor"] = Distances(*_exact_w1_w2(other, target), 0.0)
+        bar.update()
+    return distances
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[0] * image.shape[1]
+
+
+def _sample(image: Tensor, count: int) -> Tensor:
+    """Pixels drawn without replacement; images of one size are sampled at the same places."""
+    order = torch.randperm(_pixels(image), generator=torch.Generator().manual_seed(0))
+    return image.reshape(-1, 3).cpu()[order[:count]].double()
+
+
+def _exact_w1_w2(x: Tensor, y: Tensor) -> tuple[float, float]:
+    import ot
+
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    # POT's default stops short of the optimum at this size.
+    w1, w2_squared = (ot.emd2([], [], c, numItermax=10_000_000) for c in (cost, cost**2))
+    return float(w1), float(w2_squared) ** 0.5
+
+
+def _sliced_w1(x: Tensor, y: Tensor) -> float:
+    generator = torch.Generator().manual_seed(0)
+    directions = random_rotations(ROTATIONS, 3, generator).flatten(0, 1).to(x.device)
+    # In parts: the reference backend holds every projection of a call in memory.
+    values = [
+        sliced_wasserstein(x.reshape(-1, 3), y.reshape(-1, 3), directions=part, reduction="sum")
+        for part in directions.split(12)
+    ]
+    return (torch.stack(values).sum() / len(directions)).item()
+
+
+def _draw(
+    path: Path, pictures: tuple[Tensor, Tensor, Tensor], distances: dict[str, Distances]
+) -> None:
+    from sdcore import figures
+
+    before, after, floor = (distances[name] for name in ("before", "after", "floor"))
+    caption = (
+        f"Distance to the reference:   W1 {before.w1:.3f} → {after.w1:.3f} (floor {floor.w1:.3f})"
+        f"   ·   W2 {before.w2:.3f} → {after.w2:.3f} (floor {floor.w2:.3f})"
+        f"   ·   sliced W1 {before.sliced_w1:.4f} → {after.sliced_w1:.4f}"
+    )
+    try:
+        figures.draw_recolor(*pictures, caption).savefig(path)
+    except OSError as error:
+        raise CommandError(f"can't write {path}: {error}") from error
+
+
+def _report(distances: dict[str, Distances], args: argparse.Namespace) -> str:
+    rows = [
+        f"  {name:<8}{d.w1:8.4f}{d.w2:10.4f}{d.sliced_w1:13.5f}" for name, d in distances.items()
+    ]
+    files = [f"Image:  {args.output}"] + [f"Figure: {args.figure}"] * (args.figure is not None)
+    return "\n".join(
+        [
+            "",
+            "Distance to the palette, in units of a channel that spans 0 to 1",
+            "                W1        W2    sliced W1",
+            *rows,
+            f"W1 and W2: exact transport (POT's emd2) between at most {POINTS} pixels of each",
+            "image, drawn at random. The floor is between two disjoint draws from the reference:",
+            "what zero looks like. Sliced W1 takes all pixels, so that its zero is zero;",
+            f"{3 * ROTATIONS} directions.",
+            "",
+            *files,
+        ]
+    )
+
+
+def _shape(image: Tensor) -> str:
+    return f"{image.shape[1]}×{image.shape[0]}"

@@ -1,0 +1,102 @@
+"""The figure that ``sdcore recolor`` draws."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+# Enough that a cloud of pixels looks full, few enough that dots do not hide each other.
+DOTS = 5000
+INK, FAINT = "#222222", "#9a9a9a"
+CHANNELS = (("red", "#d62728"), ("green", "#2a9134"), ("blue", "#1f5fbf"))
+
+
+def supported(suffix: str) -> bool:
+    """Whether matplotlib can save a figure to a file with this suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return suffix.lower().removeprefix(".") in FigureCanvasBase.get_supported_filetypes()
+
+
+def draw_recolor(source: Tensor, reference: Tensor, result: Tensor, caption: str) -> Figure:
+    """Three images [H, W, 3], their pixels in the RGB cube, and the channels' distributions."""
+    # Not through pyplot, which would choose a window system and keep the figure for good.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    images = {
+        "source": source.cpu().numpy(),
+        "reference": reference.cpu().numpy(),
+        "recolored": result.cpu().numpy(),
+    }
+    figure = Figure(figsize=(13, 11), dpi=110, facecolor="white")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.1, 3.7, 3.2))
+    _draw_images(top, images)
+    with rc_context({"grid.color": "#dcdcdc"}):  # 3-D axes offer no other way.
+        _draw_clouds(middle, images)
+    _draw_distributions(bottom, images)
+    bottom.text(0.5, 0.02, caption, ha="center", va="bottom", color=INK, fontsize=10)
+    return figure
+
+
+def _draw_images(panel: SubFigure, images: dict[str, np.ndarray]) -> None:
+    panel.subplots_adjust(0.02, 0.02, 0.98, 0.9, wspace=0.04)
+    for axes, (name, image) in zip(panel.subplots(1, 3), images.items(), strict=True):
+        axes.imshow(image)
+        axes.set_title(name, color=INK, fontsize=13)
+        axes.axis("off")
+        axes.set_anchor("N")
+
+
+def _draw_clouds(panel: SubFigure, images: dict[str, np.ndarray]) -> None:
+    panel.subplots_adjust(0.01, 0.02, 0.99, 0.96, wspace=0)
+    panel.suptitle("their pixels in the RGB cube", color=INK, fontsize=12, y=0.99)
+    each = panel.subplots(1, 3, subplot_kw={"projection": "3d"})
+    for axes, image in zip(each, images.values(), strict=True):
+        pixels = image.reshape(-1, 3)
+        some = np.random.default_rng(0).permutation(len(pixels))[:DOTS]
+        axes.scatter(*pixels[some].T, c=pixels[some], s=5, linewidths=0, depthshade=False)
+        axes.view_init(elev=22, azim=-52)
+        axes.set_box_aspect((1, 1, 1), zoom=1.06)
+        for letter, (name, color) in zip("xyz", CHANNELS, strict=True):
+            _style_edge(axes, letter, name, color)
+
+
+def _style_edge(axes: Any, letter: str, name: str, color: str) -> None:
+    """One edge of the RGB cube, from 0 to 1, in the color of its channel."""
+    axes.set(**{f"{letter}lim": (0, 1), f"{letter}ticks": (0, 0.5, 1), f"{letter}ticklabels": []})
+    getattr(axes, f"set_{letter}label")(name, color=color, labelpad=-11)
+    edge = getattr(axes, f"{letter}axis")
+    edge.set_pane_color((0.975, 0.975, 0.975))
+    edge.line.set(color=color, linewidth=1.8)
+
+
+def _draw_distributions(panel: SubFigure, images: dict[str, np.ndarray]) -> None:
+    """Cumulative distributions: what the distance compares, along three of its directions."""
+    panel.suptitle("and their channels' distributions", color=INK, fontsize=12, y=1.02)
+    at = np.linspace(0, 1, 1025)
+    panel.subplots_adjust(0.06, 0.26, 0.97, 0.93, wspace=0.16)
+    each = panel.subplots(1, 3, sharey=True)
+    for channel, (axes, (name, color)) in enumerate(zip(each, CHANNELS, strict=True)):
+        looks = {
+            "source": {"color": FAINT, "linewidth": 1.5},
+            "reference": {"color": color, "linewidth": 5, "alpha": 0.35},
+            "recolored": {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))},
+        }
+        for label, image in images.items():
+            levels = np.sort(image[..., channel], axis=None)
+            share = np.searchsorted(levels, at, side="right") / len(levels)
+            axes.plot(at, share, label=label, **looks[label])
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), xticks=(0, 0.25, 0.5, 0.75, 1))
+        axes.set_xlabel(name, color=color)
+        axes.tick_params(colors=FAINT, labelcolor=INK)
+        axes.grid(color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+    each[0].set_ylabel("share of pixels below", color=INK)
+    each[0].legend(frameon=False, labelcolor=INK, loc="best")
