@@ -165,9 +165,9 @@ def _updates(case: Case, row: Row) -> str:
 
 
 def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str) -> Row:
-    slow = name in ("torch", "POT")
+    repeats = {"torch": 3, "POT": 1}.get(name, 11)
     median, spread, how = measure.milliseconds(
-        with_gradient(loss), inputs, device, repeats=3 if slow else 11, graph=name != "POT"
+        with_gradient(loss), inputs, device, repeats, graph=name != "POT"
     )
     dtype = str(case.dtype).removeprefix("torch.")
     return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device)

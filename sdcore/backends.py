@@ -188,7 +188,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     from sdcore import __version__
 
     if importlib.util.find_spec(f"sdcore.{name}") is None:
-        return None, build_report().get(name, {}).get("reason") or f"sdcore.{name} is not built"
+        built = build_report().get(name.removeprefix("_"), {})
+        return None, built.get("reason") or f"sdcore.{name} is not built"
     try:
         module = importlib.import_module(f"sdcore.{name}")
     except (ImportError, OSError) as error:
@@ -202,9 +203,10 @@ def build_report() -> dict[str, dict[str, Any]]:
     """What the build wrote down: which modules it made, with what, and why not the others."""
     path = Path(__file__).with_name("_build.json")
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return report if isinstance(report, dict) else {}
 
 
 def _no_gpu_for_cuda() -> str | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -78,9 +78,13 @@ def _parser() -> Parser:
         help="give one image the colors of another",
         description="Move the colors of SOURCE to the palette of REFERENCE by descending the "
         "sliced Wasserstein distance between them.",
-        epilog=f"Photos: {', '.join(images.PHOTOS)}. A file of the same name is meant as ./NAME.",
+        epilog=f"Photos: {', '.join(images.PHOTOS)}. To read a file that is called like one, "
+        "write ./NAME.",
     )
-    name = {"nargs": "?", "help": "image file, or the name of a photo (default: %(default)s)"}
+    name: dict[str, Any] = {
+        "nargs": "?",
+        "help": "image file, or the name of a photo (default: %(default)s)",
+    }
     command.add_argument("source", metavar="SOURCE", default="motorcycle", **name)
     command.add_argument("reference", metavar="REFERENCE", default="rocket", **name)
     command.add_argument(

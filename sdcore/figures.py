@@ -35,7 +35,8 @@ def draw_recolor(source: Tensor, reference: Tensor, result: Tensor, caption: str
         "recolored": result.cpu().numpy(),
     }
     figure = Figure(figsize=(13, 11), dpi=110, facecolor="white")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.1, 3.7, 3.2))
+    panels: Any = figure.subfigures(3, 1, height_ratios=(3.1, 3.7, 3.2))
+    top, middle, bottom = panels
     _draw_images(top, images)
     with rc_context({"grid.color": "#dcdcdc"}):  # 3-D axes offer no other way.
         _draw_clouds(middle, images)

@@ -27,8 +27,8 @@ PHOTOS = {
     "rocket": ("skimage", "data/rocket.jpg"),
 }
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
-# Those that hold the result exactly or nearly so, and every Pillow writes.
-WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Those that every Pillow writes.
+WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 
 
 class ImageError(ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import sdcore
 from sdcore import backends
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers")
+PACKAGES = ("triton", "numpy", "diffusers", "transformers")
 
 
 def collect() -> dict[str, Any]:
@@ -23,6 +24,8 @@ def collect() -> dict[str, Any]:
         "versions": {
             "sdcore": sdcore.__version__,
             "python": platform.python_version(),
+            # The wheel's version lacks what torch was built for: "+cpu", "+cu130".
+            "torch": str(torch.__version__),
             **{name: _version(name) for name in PACKAGES},
             "cuda_of_torch": torch.version.cuda,
             "rocm_of_torch": torch.version.hip,
@@ -30,7 +33,7 @@ def collect() -> dict[str, Any]:
         },
         "devices": {"cpu": _cpu(), "gpus": _told(_gpus)},
         "modules": _told(lambda: dict(backends.build_report())),
-        "backends": {name: _told(lambda n=name: _available(n)) for name in backends.NAMES},
+        "backends": {name: _told(partial(_available, name)) for name in backends.NAMES},
         "forced_backend": os.environ.get("SDCORE_BACKEND") or None,
         "ops": _told(_ops),
     }

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
+import importlib.util
 import json
 import logging
 import os
@@ -135,11 +138,17 @@ def test_works_without_compiled_modules() -> None:
     assert "not using the cpp backend" in result.stderr
 
 
+def test_the_build_tells_why_a_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        backends, "build_report", lambda: {"cuda": {"built": False, "reason": "no nvcc there"}}
+    )
+    assert backends._load.__wrapped__("_cuda") == (None, "no nvcc there")
+    assert backends._load.__wrapped__("_cpu") == (None, "sdcore._cpu is not built")
+
+
 def test_a_broken_module_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file that is no library, as after a copy that broke off."""
-    import importlib.machinery
-    import importlib.util
-
     file = tmp_path / "_cpu.so"
     file.write_bytes(b"\x7fELF and no more")
     loader = importlib.machinery.ExtensionFileLoader("sdcore._cpu", str(file))

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import ot
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +12,20 @@ from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.recolor import recolor
 
 
-def photo(name: str, size: int = 96) -> Tensor:
+def photo(name: str, size: int = 72) -> Tensor:
     return images.fit(images.read(images.find(name)), size)
 
 
 SOURCE, REFERENCE = photo("motorcycle"), photo("rocket")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Images this small gain nothing from threads, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def colors(image: Tensor) -> Tensor:
@@ -30,10 +39,11 @@ def sliced(x: Tensor, y: Tensor) -> float:
 
 def transport(x: Tensor, y: Tensor, power: int) -> float:
     """Exact transport between two point sets, for the cost |x − y| to the power."""
+    ot = pytest.importorskip("ot")
     return ot.emd2([], [], (torch.cdist(x, y) ** power).numpy(), numItermax=10**7)
 
 
-def sample(image: Tensor, count: int = 800) -> Tensor:
+def sample(image: Tensor, count: int = 500) -> Tensor:
     return colors(image)[torch.randperm(image.numel() // 3)[:count]]
 
 
@@ -44,7 +54,7 @@ def test_palette_arrives(source: Tensor, reference: Tensor) -> None:
     result = recolor(source, reference, steps=100)
     assert sliced(result, reference) < sliced(source, reference) / 100
 
-    one, other = sample(reference, 1600).split(800)
+    one, other = sample(reference, 1000).split(500)
     floor = transport(one, other, 1)
     assert transport(sample(source), one, 1) > 5 * floor
     assert transport(sample(result), one, 1) < 1.5 * floor
@@ -58,22 +68,21 @@ def test_colors_keep_their_order() -> None:
     """
     result = recolor(SOURCE, REFERENCE, steps=100)
     traveled = (colors(result) - colors(SOURCE)).square().sum(-1).mean().item()
-    everything = sample(SOURCE, 2000), sample(result, 2000)
+    everything = sample(SOURCE, 1000), sample(result, 1000)
     assert traveled < 1.1 * transport(*everything, 2)
 
 
 def test_equal_colors_stay_equal_and_near_ones_near() -> None:
     source = (SOURCE * 31).round() / 31
-    result = recolor(source, REFERENCE, steps=60)
-    _, group = colors(source).unique(dim=0, return_inverse=True)
-    for members in (group == index for index in range(0, int(group.max()), 20)):
-        assert colors(result)[members].unique(dim=0).shape[0] == 1
+    result = recolor(source, REFERENCE, steps=40)
+    before, both = colors(source), torch.cat([colors(source), colors(result)], 1)
+    assert both.unique(dim=0).shape[0] == before.unique(dim=0).shape[0] < before.shape[0]
 
-    distance = torch.cdist(colors(SOURCE), colors(SOURCE)).fill_diagonal_(1)
-    near, partner = distance.min(1)
-    result = recolor(SOURCE, REFERENCE, steps=60)
-    apart = (colors(result) - colors(result)[partner]).norm(dim=-1)
-    assert apart[near < 2 / 255].mean() < 2 / 255
+    distance, partner = torch.cdist(colors(SOURCE), colors(SOURCE)).fill_diagonal_(1).min(1)
+    result = colors(recolor(SOURCE, REFERENCE, steps=60))
+    apart = (result - result[partner]).norm(dim=-1)[distance < 2 / 255]
+    assert len(apart) > 100
+    assert apart.median() < 1.5 / 255
 
 
 def test_result_range_shape_and_arguments_unchanged() -> None:

@@ -29,7 +29,7 @@ WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
 # many addresses, which more directions help: 411 µs a side, where (8, 512) takes 625.
 RANGE_TILE = (4, 1024)  # 100 µs for both sides; (8, 512) takes 126
 HISTOGRAM_TILE = (32, 128)
-BACKWARD_TILE = (1, 512)
+BACKWARD_TILE = (1, 1024)  # with 8 warps 71 µs; tiles of several directions took 110 and more
 SLOPE_TILE = (8, 512)
 WARPS = 4
 # Bins that one program holds at a time when it solves a direction's problem.
@@ -431,7 +431,7 @@ def binned_backward(
             backward_kernel[(blocks * batch,)](
                 grad, points, directions, None if weights is None else weights.contiguous(),
                 table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), bins,
-                D=d, POINTS=long, num_warps=WARPS,
+                D=d, POINTS=long, num_warps=8,
             )  # fmt: skip
             return out
         for first, slopes in _projected(points, directions):

@@ -374,12 +374,13 @@ void edges_of_box(const BinnedArguments& a) {
   }
 }
 
-// How many shares the points are cut into, so that there is work for every thread.
+// How many shares the points are cut into: with two tasks a thread, one that is held up by another
+// process does not hold up the rest.
 int64_t parts_for(const BinnedArguments& a, int64_t batches) {
   const int64_t tasks = batches * 2 * ceil_div(a.directions_count, kGroup);
   const int64_t count = std::min(a.x.count, a.y.count);
   const int64_t blocks = ceil_div(count, block_size(a.x.dim, count));
-  return std::clamp<int64_t>(ceil_div(a.threads, tasks), 1, blocks);
+  return std::clamp<int64_t>(ceil_div(2 * a.threads, tasks), 1, blocks);
 }
 
 template <typename Real>
