@@ -99,7 +99,7 @@ if [[ $wanted == *" bench "* ]]; then
   for file in "$root"/benchmarks/bench_*.py; do
     [[ -e $file ]] || continue
     name=$(basename "$file" .py)
-    step "$name" "$python" -m "benchmarks.$name" --device cuda
+    step "$name" "$python" -m "benchmarks.$name" --device cuda --csv "$logs/$name.csv"
   done
 fi
 report

@@ -85,18 +85,20 @@ def sliced_wasserstein(
         a projection share its subgradient by weight, so the gradient does not depend on the
         order of the points; where x and y meet, sign(0) = 0. A second derivative raises.
 
-    Error of ``binned``, for a direction with bin width w: a projection moves by at most w/2, so
-    :math:`|W_p - \hat W_p| \le w`, and :math:`|W_p^p - \hat W_p^p| \le w` for p = 1 and
-    :math:`\le w (2 W_2 + w)` for p = 2 (plus rounding). w is the projected range over ``bins``.
-    The gradient for p = 2 is off by at most 2w per point and unit of weight. The gradient for
-    p = 1 has no such bound: it is a sign, and where a point is closer than w to its partner the
-    sign is a guess. It is good while the sets are apart and rough near convergence.
+    Error of ``binned``, for a direction with bins of width w that cover the data: a projection
+    moves by at most w/2, so :math:`|W_p - \hat W_p| \le w`, and
+    :math:`|W_p^p - \hat W_p^p| \le w` for p = 1 and :math:`\le w (2 W_2 + w)` for p = 2 (plus
+    rounding). w is the projected range over ``bins``. Points of one bin get one gradient. For
+    p = 2 it is the mean of their exact gradients to within 2w, per unit of weight. For p = 1
+    there is no such bound: a gradient is a sign, and where a point is closer than w to its
+    partner the sign is a guess. It is good while the sets are apart and rough near convergence.
 
     Cost: ``exact`` O(L (n + m)) after sorting, memory O((n + m) d) plus a bounded number of
     directions at a time (the reference backend: all L at once). ``binned`` O(L (n + m) d + L
     bins), memory O((n + m) d + L bins). Neither copies to the host or synchronizes.
 
-    Repeatable bit for bit on one backend and machine; weighted histograms add in fixed point.
+    Repeatable bit for bit on one backend and machine, since weighted histograms add in fixed
+    point; the reference backend on a GPU is not, because PyTorch's scatter_add there is not.
 
     Raises:
         TypeError: an argument of the wrong type, or points of another dtype.
@@ -180,7 +182,7 @@ def bounds(
     if value_range is None:
         both = torch.cat([px, py], -1)
         return both.amin(-1, keepdim=True), both.amax(-1, keepdim=True)
-    ends = directions[:, :, None] * directions.new_tensor(value_range)
+    ends = torch.stack([directions * end for end in value_range], -1)
     low, high = ends.amin(-1).sum(-1), ends.amax(-1).sum(-1)
     shape = (px.shape[0], -1, 1)
     return low[:, None].expand(shape), high[:, None].expand(shape)

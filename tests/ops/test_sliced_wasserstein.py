@@ -266,6 +266,35 @@ def test_error_bound_of_binned(platform: Platform, bins: int, p: int) -> None:
 
 
 @pytest.mark.parametrize("platform", ALL)
+def test_gradient_of_binned_w2_is_a_mean_over_the_bin(platform: Platform) -> None:
+    """To within twice the bin width, per unit of weight: the docstring's bound."""
+    bins, n = 32, 300
+    x, y = torch.rand(1, n, 2, dtype=torch.float64), torch.rand(1, 200, 2, dtype=torch.float64) ** 3
+    one = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    options: dict[str, Any] = {"p": 2, "directions": one}
+    cotangent = torch.ones(1, 1)
+    _, exact, _ = value_and_gradient(specified, x, y, cotangent, **options)
+    options["directions"] = one.to(platform.device)
+    with platform.forced():
+        _, binned, _ = value_and_gradient(
+            per_direction,
+            x.to(platform.device),
+            y.to(platform.device),
+            cotangent.to(platform.device),
+            method="binned",
+            bins=bins,
+            value_range=(0, 1),
+            **options,
+        )
+    index = (x[0, :, 0] * bins).long()
+    count = torch.zeros(bins, dtype=torch.float64).index_add(0, index, torch.ones(n).double())
+    mean = torch.zeros(bins, dtype=torch.float64).index_add(0, index, exact[0, :, 0]) / count
+    error = (binned[0, :, 0] - mean[index]).abs() * n
+    assert error.max() <= 2 / bins
+    assert error.max() > 2 / bins / 100
+
+
+@pytest.mark.parametrize("platform", ALL)
 def test_error_bound_of_binned_is_tight(platform: Platform) -> None:
     """Points just left and right of an edge are a bin apart."""
     x = torch.full((9, 1), 0.4999, dtype=torch.float64, device=platform.device)
