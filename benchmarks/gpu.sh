@@ -67,7 +67,9 @@ from sdcore import _cuda
 folder = pathlib.Path(sdcore.__file__).parent
 assert folder.parent == pathlib.Path(sys.argv[1]), f"imported {folder}"
 print("torch", torch.__version__, "on Python", sys.version.split()[0])
-print(json.dumps(json.loads((folder / "_build.json").read_text()), indent=2))
+report = json.loads((folder / "_build.json").read_text())
+print(json.dumps(report, indent=2))
+assert report["cpu"]["built"], "the C++ module was not built, for the reason above"
 assert _cuda.devices() and torch.cuda.is_available(), "no GPU is found here"
 print(*_cuda.devices(), sep="\n")
 PYTHON

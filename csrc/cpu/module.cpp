@@ -5,6 +5,8 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "sliced_wasserstein.h"
 

@@ -10,8 +10,12 @@
 #endif
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define SDCORE_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // knows no levels; this AVX2 is without fused multiply-add
+#define SDCORE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define SDCORE_CLONES
 #endif
