@@ -1,0 +1,39 @@
+"""What the README shows must run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdcore import cli
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_python_code_runs() -> None:
+    found = blocks("python")
+    assert found
+    for code in found:
+        names: dict[str, object] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        assert isinstance(names["image"], torch.Tensor) and names["image"].grad is not None
+
+
+def test_commands_exist() -> None:
+    commands = re.findall(r"^sdcore (\w+)(.*?)(?: +#.*)?$", "\n".join(blocks("bash")), re.MULTILINE)
+    assert {name for name, _ in commands} == {"info", "recolor"}
+    for name, arguments in commands:
+        parsed = cli._parser().parse_args([name, *arguments.split()])
+        assert parsed.command == name
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)", README.read_text()))
+def test_links_lead_somewhere(path: str) -> None:
+    assert (README.parent / path).exists()
