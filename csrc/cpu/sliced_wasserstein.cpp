@@ -15,7 +15,8 @@
 namespace sdcore {
 namespace {
 
-// Points of one block are loaded, widened and made planar once for a group of directions.
+// Points of one block are loaded, widened and made planar once for a group of directions; their
+// histograms of 4096 bins then fit an L2 cache of 1 MiB.
 constexpr int64_t kGroup = 32;
 // Projections are computed a tile at a time: four vectors of accumulators stay in registers.
 constexpr int kVectors = 4;
@@ -241,6 +242,24 @@ double transport(int64_t n, const ValueX& x, const double* level_x, int64_t m, c
 
 // Binned.
 
+// How a pass over both sides is cut into tasks, two for each thread, so that one that is held up by
+// another process does not hold up the rest.
+struct Shares {
+  int64_t group;   // directions in a task
+  int64_t groups;
+  int64_t parts;  // shares of the points: each costs histograms of its own
+
+  Shares(const BinnedArguments& a, int64_t batches) {
+    const int64_t wanted = ceil_div(2 * a.threads, 2 * batches);
+    // Fewer directions than 4 would read the points too often.
+    group = std::clamp<int64_t>(ceil_div(a.directions_count, wanted), 4, kGroup);
+    groups = ceil_div(a.directions_count, group);
+    const int64_t count = std::min(a.x.count, a.y.count);
+    const int64_t blocks = ceil_div(count, block_size(a.x.dim, count));
+    parts = std::clamp<int64_t>(ceil_div(wanted, groups), 1, blocks);
+  }
+};
+
 // What one side of the problem is to the histogram pass. Equal weights are counted in 32 bits.
 // Other weights are added as integers of 2^-62, so that the sum does not depend on the order:
 // not on threads, not on blocks.
@@ -248,7 +267,7 @@ template <typename Real, typename Count>
 struct Histograms {
   const Points* sides[2];
   const double* weights[2];
-  int64_t directions, bins, parts, batches;
+  int64_t directions, bins, group, parts, batches;
   std::vector<Count> counts;      // [batches, 2, parts, directions, bins]
   std::vector<uint8_t> poisoned;  // [batches, 2, parts, directions]
 
@@ -296,7 +315,7 @@ template <typename Real, typename Count>
 void count_part(Histograms<Real, Count>& h, const Real* directions, const Real* edges,
                 int64_t first_batch, int64_t b, int side, int64_t part, int64_t group) {
   const Points& points = *h.sides[side];
-  const int64_t begin = group * kGroup, end = std::min(h.directions, begin + kGroup);
+  const int64_t begin = group * h.group, end = std::min(h.directions, begin + h.group);
   const int64_t size = block_size(points.dim, points.count);
   const int64_t batch = first_batch + b;
   std::vector<int32_t> index(size);
@@ -384,27 +403,18 @@ void edges_of_box(const BinnedArguments& a) {
   }
 }
 
-// How many shares the points are cut into: with two tasks a thread, one that is held up by another
-// process does not hold up the rest.
-int64_t parts_for(const BinnedArguments& a, int64_t batches) {
-  const int64_t tasks = batches * 2 * ceil_div(a.directions_count, kGroup);
-  const int64_t count = std::min(a.x.count, a.y.count);
-  const int64_t blocks = ceil_div(count, block_size(a.x.dim, count));
-  return std::clamp<int64_t>(ceil_div(2 * a.threads, tasks), 1, blocks);
-}
-
 template <typename Real>
 void edges_of_data(const BinnedArguments& a) {
   const auto* directions = static_cast<const Real*>(a.directions);
-  const int64_t groups = ceil_div(a.directions_count, kGroup);
-  const int64_t parts = parts_for(a, a.x.batch);
+  const Shares shares(a, a.x.batch);
+  const int64_t groups = shares.groups, parts = shares.parts;
   constexpr Real infinity = std::numeric_limits<Real>::infinity();
   std::vector<Real> found(a.x.batch * 2 * parts * a.directions_count * 2);
   parallel_for(a.x.batch * 2 * parts * groups, a.threads, [&](int64_t task) {
     const int64_t group = task % groups, slot = task / groups;
     const int64_t part = slot % parts, side = slot / parts % 2, b = slot / parts / 2;
-    const int64_t begin = group * kGroup;
-    const int64_t end = std::min(a.directions_count, begin + kGroup);
+    const int64_t begin = group * shares.group;
+    const int64_t end = std::min(a.directions_count, begin + shares.group);
     Real* edge = found.data() + slot * a.directions_count * 2;
     for (int64_t l = begin; l < end; ++l) edge[2 * l] = infinity, edge[2 * l + 1] = -infinity;
     for_blocks<Real>(side ? a.y : a.x, b, part, parts, [&](const Block<Real>& block, int64_t) {
@@ -434,19 +444,20 @@ void binned_as(const BinnedArguments& a) {
     edges_of_data<Real>(a);
   const auto* directions = static_cast<const Real*>(a.directions);
   const auto* edges = static_cast<const Real*>(a.edges);
-  const int64_t groups = ceil_div(a.directions_count, kGroup);
   // A few batch elements at a time: many small images share one start of the threads, and large
   // ones do not hold all their histograms at once.
   const int64_t bytes = 2 * a.directions_count * a.bins * static_cast<int64_t>(sizeof(Count));
   const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 20) / bytes, 1, a.x.batch);
   for (int64_t first = 0; first < a.x.batch; first += at_once) {
     const int64_t batches = std::min(at_once, a.x.batch - first);
-    const int64_t parts = parts_for(a, batches);
+    const Shares shares(a, batches);
+    const int64_t groups = shares.groups, parts = shares.parts;
     const int64_t slots = batches * 2 * parts * a.directions_count;
     Histograms<Real, Count> h{{&a.x, &a.y},
                               {a.weights_x, a.weights_y},
                               a.directions_count,
                               a.bins,
+                              shares.group,
                               parts,
                               batches,
                               std::vector<Count>(slots * a.bins),
