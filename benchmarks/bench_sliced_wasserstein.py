@@ -3,8 +3,8 @@
 ``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]``
 
 Peers: ``torch`` is the vectorized sort with autograd, projections made contiguous for the sort
-(twice as fast on a CPU as sorting a transposed view); ``POT`` is ot.sliced_wasserstein_distance on
-its PyTorch backend. Both are given the same directions.
+(nearly twice as fast on a CPU as sorting a transposed view); ``POT`` is
+ot.sliced_wasserstein_distance on its PyTorch backend. Both are given the same directions.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ SDCORE_HOT(double)
 
 // One-dimensional transport between sorted values. `level[i]` is the mass up to and including
 // value i, ending at one. Adds the slopes; returns W_p^p.
-template <typename Real, typename ValueX, typename ValueY, typename Slope>
+template <typename ValueX, typename ValueY, typename Slope>
 double transport(int64_t n, const ValueX& x, const double* level_x, int64_t m, const ValueY& y,
                  const double* level_y, int p, Slope* slope_x, Slope* slope_y) {
   double cost = 0, level = 0;
@@ -263,7 +263,7 @@ struct Shares {
 // What one side of the problem is to the histogram pass. Equal weights are counted in 32 bits.
 // Other weights are added as integers of 2^-62, so that the sum does not depend on the order:
 // not on threads, not on blocks.
-template <typename Real, typename Count>
+template <typename Count>
 struct Histograms {
   const Points* sides[2];
   const double* weights[2];
@@ -312,7 +312,7 @@ void for_blocks(const Points& points, int64_t batch, int64_t part, int64_t parts
 }
 
 template <typename Real, typename Count>
-void count_part(Histograms<Real, Count>& h, const Real* directions, const Real* edges,
+void count_part(Histograms<Count>& h, const Real* directions, const Real* edges,
                 int64_t first_batch, int64_t b, int side, int64_t part, int64_t group) {
   const Points& points = *h.sides[side];
   const int64_t begin = group * h.group, end = std::min(h.directions, begin + h.group);
@@ -334,8 +334,8 @@ void count_part(Histograms<Real, Count>& h, const Real* directions, const Real* 
 }
 
 // Cumulated mass of one side, ending at one, and whether all its projections are finite.
-template <typename Real, typename Count>
-bool cumulate(const Histograms<Real, Count>& h, int64_t b, int side, int64_t l,
+template <typename Count>
+bool cumulate(const Histograms<Count>& h, int64_t b, int side, int64_t l,
               std::vector<double>& mass, std::vector<double>& level) {
   std::vector<uint64_t> total(h.bins);
   bool finite = true;
@@ -364,7 +364,7 @@ void write_table(const std::vector<double>& slope, const std::vector<double>& ma
 }
 
 template <typename Real, typename Count>
-void solve_binned(const Histograms<Real, Count>& h, const BinnedArguments& a, int64_t batch,
+void solve_binned(const Histograms<Count>& h, const BinnedArguments& a, int64_t batch,
                   int64_t b, int64_t l) {
   std::vector<double> mass_x(h.bins), mass_y(h.bins), level_x(h.bins), level_y(h.bins);
   std::vector<double> slope_x(h.bins), slope_y(h.bins);
@@ -374,7 +374,7 @@ void solve_binned(const Histograms<Real, Count>& h, const BinnedArguments& a, in
   const Real* edge = static_cast<const Real*>(a.edges) + at * 2;
   const double width = (static_cast<double>(edge[1]) - edge[0]) / h.bins;
   const auto center = [&](int64_t i) { return i * width; };  // only differences matter
-  const double cost = transport<Real>(h.bins, center, level_x.data(), h.bins, center,
+  const double cost = transport(h.bins, center, level_x.data(), h.bins, center,
                                       level_y.data(), a.p, slope_x.data(), slope_y.data());
   static_cast<Real*>(a.values)[at] =
       finite ? static_cast<Real>(cost) : std::numeric_limits<Real>::quiet_NaN();
@@ -453,7 +453,7 @@ void binned_as(const BinnedArguments& a) {
     const Shares shares(a, batches);
     const int64_t groups = shares.groups, parts = shares.parts;
     const int64_t slots = batches * 2 * parts * a.directions_count;
-    Histograms<Real, Count> h{{&a.x, &a.y},
+    Histograms<Count> h{{&a.x, &a.y},
                               {a.weights_x, a.weights_y},
                               a.directions_count,
                               a.bins,
@@ -469,7 +469,7 @@ void binned_as(const BinnedArguments& a) {
     });
     parallel_for(batches * a.directions_count, a.threads, [&](int64_t task) {
       const int64_t b = task / a.directions_count;
-      solve_binned(h, a, first + b, b, task % a.directions_count);
+      solve_binned<Real>(h, a, first + b, b, task % a.directions_count);
     });
   }
 }
@@ -640,7 +640,7 @@ double solve_sorted(Sorted<Real>& x, Sorted<Real>& y, const double* weights_x,
     return pair_up(x, y, p, need_x, need_y);
   x.cumulate(weights_x);
   y.cumulate(weights_y);
-  return transport<Real>(
+  return transport(
       x.values.size(), [&](int64_t i) { return x.values[i]; }, x.level.data(), y.values.size(),
       [&](int64_t j) { return y.values[j]; }, y.level.data(), p,
       need_x ? x.slopes.data() : nullptr, need_y ? y.slopes.data() : nullptr);

@@ -738,6 +738,29 @@ def test_in_a_cuda_graph(platform: Platform, dtype: torch.dtype, p: int) -> None
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("platform, method", [p for p in cases() if p.values[0].device == "cuda"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_does_not_synchronize(platform: Platform, method: str, p: int) -> None:
+    x = torch.rand(2, 3000, 3, device="cuda", requires_grad=True)
+    y, weights = torch.rand(2, 2000, 3, device="cuda"), torch.rand(2, 2000, device="cuda")
+
+    def step(reduction: str) -> None:
+        value = sliced_wasserstein(
+            x, y, p=p, directions=9, weights_y=weights, method=method, reduction=reduction
+        )
+        value.sum().backward()
+
+    with platform.forced():
+        for reduction in ("mean", "none"):  # compiles, allocates
+            step(reduction)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for reduction in ("mean", "none"):
+                step(reduction)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("platform", GPU)
 def test_repeats_bit_for_bit_on_a_gpu(platform: Platform) -> None:
     if platform.backend == "reference":
