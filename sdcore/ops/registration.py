@@ -1,7 +1,8 @@
 """Registering flat ops with PyTorch.
 
 ``Library.define`` with ``impl`` adds 3 µs to a call, ``torch.library.custom_op`` 16 (torch 2.13,
-one tensor in and two out, no gradient). One kernel serves all devices: ``backends.run`` picks the implementation.
+one tensor in and two out, no gradient). One kernel serves all devices: ``backends.run`` picks the
+implementation.
 """
 
 from __future__ import annotations
