@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,20 +71,61 @@ def read(path: Path) -> Tensor:
     Raises:
         ImageError: it can't be read.
     """
-    from PIL import Image, ImageOps
+    with opened(path, str(path)) as image:
+        levels = gray_levels(image)
+        if levels is None:
+            pixels = np.asarray(_on_white(image)).astype(np.float32) / 255
+        else:
+            gray = levels.astype(np.float32) / 65535
+            pixels = np.repeat(gray[..., None], 3, axis=-1)
+    return torch.from_numpy(pixels)
+
+
+@contextlib.contextmanager
+def opened(source: Path | Image.Image, name: str) -> Iterator[Image.Image]:
+    """Pillow's image of a file, or a given one, turned as its EXIF orientation says.
+
+    Raises:
+        ImageError: it can't be read. What Pillow and NumPy raise within the block becomes one too:
+            Pillow decodes, and finds a file damaged, when the pixels are asked for. ``name`` is
+            what the message calls the image.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "reading images takes Pillow, which is not installed: pip install pillow", name="PIL"
+        ) from None
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                pixels = _gray(np.asarray(image), image.mode)
-            else:
-                pixels = np.asarray(_on_white(image)).astype(np.float32) / 255
+        if isinstance(source, Image.Image):
+            yield ImageOps.exif_transpose(source)
+        else:
+            with Image.open(source) as file:
+                yield ImageOps.exif_transpose(file)
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image that Pillow can read") from None
+        raise ImageError(f"{name} is not an image that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"can't read {path}: {_one_line(error)}") from error
-    return torch.from_numpy(pixels)
+        raise ImageError(f"can't read {name}: {_one_line(error)}") from error
+
+
+def gray_levels(image: Image.Image) -> np.ndarray | None:
+    """The levels of a gray image of 16 bits, uint16 [H, W]; None where it is of another kind.
+
+    Raises:
+        ValueError: it is gray of a kind whose white isn't known: of more bits, or floating-point.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return None
+    levels = np.asarray(image)
+    # Pillow gives some 16-bit files as 32-bit integers ("I"). Wider ranges, and floating point
+    # ("F"), have no white that is known.
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("gray levels of more than 16 bits or in floating point")
+    return levels.astype(np.uint16)
 
 
 def fit(image: Tensor, size: int) -> Tensor:
@@ -139,16 +182,6 @@ def write(image: Tensor, path: Path) -> None:
         Image.fromarray(pixels).save(path, quality=95)
     except OSError as error:
         raise ImageError(f"can't write {path}: {_one_line(error)}") from error
-
-
-def _gray(levels: np.ndarray, mode: str) -> np.ndarray:
-    """Gray levels of 16 bits, [H, W], as [H, W, 3] in [0, 1]."""
-    # Pillow gives some 16-bit files as 32-bit integers ("I"). Wider ranges, and floating point
-    # ("F"), have no white that is known.
-    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("gray levels of more than 16 bits or in floating point")
-    gray = levels.astype(np.float32) / 65535
-    return np.repeat(gray[..., None], 3, axis=-1)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -1,14 +1,119 @@
 // The Python module sdcore._cuda. It knows no torch: tensors arrive as addresses and sizes, and a
 // stream as an integer. Importing it needs neither a GPU nor a driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "ceilings.h"
 #include "devices.h"
+#include "sliced_wasserstein.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
+using sdcore::Format;
+using sdcore::Place;
+using sdcore::Points;
 
 namespace {
+
+using Address = uintptr_t;  // 0 for an absent tensor
+// (address, format, [batch, count, dim], strides in elements)
+using PointsArgument =
+    std::tuple<Address, std::string, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+using DirectionsArgument = std::tuple<Address, int64_t>;
+// (points, weights, histogram)
+using SideArgument = std::tuple<PointsArgument, Address, Address>;
+// (address, of 64 bits, total or 0, histograms from one batch element to the next)
+using MassesArgument = std::tuple<Address, bool, int64_t, int64_t>;
+// ("found" or "given", address) or ("box", low, high)
+using EndsArgument = std::tuple<std::string, Address, double, double>;
+using PlaceArgument = std::tuple<int, Address>;  // (device, stream)
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Format to_format(const std::string& name) {
+  if (name == "float32") return Format::float32;
+  if (name == "float64") return Format::float64;
+  if (name == "float16") return Format::float16;
+  if (name == "bfloat16") return Format::bfloat16;
+  throw py::value_error("unknown format " + name);
+}
+
+Points to_points(const PointsArgument& argument) {
+  const auto& [address, format, shape, stride] = argument;
+  return {at<void>(address), to_format(format), shape[0],
+          shape[1],          shape[2],          {stride[0], stride[1], stride[2]}};
+}
+
+sdcore::Directions to_directions(const DirectionsArgument& argument) {
+  return {at<void>(std::get<0>(argument)), std::get<1>(argument)};
+}
+
+sdcore::Ends to_ends(const EndsArgument& argument) {
+  const auto& [kind, address, low, high] = argument;
+  if (kind == "found") return {sdcore::Ends::found, at<void>(address), 0, 0};
+  if (kind == "given") return {sdcore::Ends::given, at<void>(address), 0, 0};
+  if (kind == "box") return {sdcore::Ends::box, nullptr, low, high};
+  throw py::value_error("unknown ends " + kind);
+}
+
+sdcore::Masses to_masses(const MassesArgument& argument) {
+  const auto& [address, wide, total, batch_stride] = argument;
+  return {at<void>(address), wide, total, batch_stride};
+}
+
+Place to_place(const PlaceArgument& argument) {
+  return {std::get<0>(argument), std::get<1>(argument)};
+}
+
+void range(const std::vector<PointsArgument>& sides, const DirectionsArgument& directions,
+           Address extremes, const PlaceArgument& place) {
+  std::vector<Points> points;
+  for (const PointsArgument& side : sides) points.push_back(to_points(side));
+  sdcore::sliced_wasserstein_range(points.data(), static_cast<int>(points.size()),
+                                   to_directions(directions), at<void>(extremes),
+                                   to_place(place));
+}
+
+void histogram(const std::vector<SideArgument>& sides, const DirectionsArgument& directions,
+               const EndsArgument& ends, int64_t bins, Address poison,
+               const PlaceArgument& place) {
+  std::vector<sdcore::Side> found;
+  for (const auto& [points, weights, histogram] : sides) {
+    found.push_back({to_points(points), at<double>(weights), at<void>(histogram)});
+  }
+  sdcore::sliced_wasserstein_histogram(found.data(), static_cast<int>(found.size()),
+                                       to_directions(directions), to_ends(ends), bins,
+                                       at<int>(poison), to_place(place));
+}
+
+void solve(const MassesArgument& x, const MassesArgument& y, const DirectionsArgument& directions,
+           int64_t dim, const EndsArgument& ends, int64_t batch, int64_t bins, int p,
+           Address poison, Address values, Address table_x, Address table_y, Address edges,
+           Address workspace, bool is_double, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_solve(to_masses(x), to_masses(y), to_directions(directions), dim,
+                                   to_ends(ends), batch, bins, p, at<int>(poison),
+                                   at<void>(values), at<void>(table_x), at<void>(table_y),
+                                   at<void>(edges), at<double>(workspace), is_double,
+                                   to_place(place));
+}
+
+void gather(Address grad, const PointsArgument& points, const DirectionsArgument& directions,
+            Address weights, double mass, Address table, Address edges, int64_t bins,
+            const PointsArgument& out, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_gather(at<void>(grad), to_points(points), to_directions(directions),
+                                    at<double>(weights), mass, at<void>(table), at<void>(edges),
+                                    bins, to_points(out), to_place(place));
+}
 
 py::list architectures() {
   py::list list;
@@ -34,6 +139,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("version") = SDCORE_VERSION;
   m.attr("architectures") = architectures();
   m.def("devices", &devices);
+  m.def("sliced_wasserstein_range", &range);
+  m.def("sliced_wasserstein_histogram", &histogram);
+  m.def("sliced_wasserstein_solve", &solve);
+  m.def("sliced_wasserstein_gather", &gather);
   m.def("shared_atomics", &sdcore::shared_atomics, "out"_a, "bins"_a, "updates_per_thread"_a,
         "blocks"_a, "threads"_a, "seed"_a, "device"_a, "stream"_a);
   m.def("shared_gathers", &sdcore::shared_gathers, "table"_a, "bins"_a, "out"_a,

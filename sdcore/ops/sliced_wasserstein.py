@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdcore import backends
 from sdcore.ops import registration
+from sdcore.ops import sliced_wasserstein_cuda as cuda
 from sdcore.ops.random_rotations import random_directions, resolve_device
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -864,3 +865,18 @@ def _binned_backward_triton(*args: Any) -> Tensor:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
     return kernels.binned_backward(*args)
+
+
+# CUDA.
+
+
+def _refuses_binned(x: Tensor, *args: Any) -> str | None:
+    return cuda.refuses_bins(args[5], x.device)
+
+
+def _refuses_tables(grad: Tensor, *args: Any) -> str | None:
+    return cuda.refuses_bins(args[3].shape[-1], grad.device)
+
+
+backends.register("sliced_wasserstein_binned", "cuda", _refuses_binned)(cuda.binned)
+backends.register("sliced_wasserstein_binned_backward", "cuda", _refuses_tables)(cuda.gather)

@@ -25,7 +25,7 @@ DYADIC_DIRECTIONS = (
     )
     / 8
 )
-ALL = platforms("reference", "cpp", "triton")
+ALL = platforms("reference", "cpp", "triton", "cuda")
 SORTING = platforms("reference", "cpp")
 # The interpreter is slow: it runs a half of the largest test.
 INTERPRETED = sdcore.backends.triton_interpreted()
