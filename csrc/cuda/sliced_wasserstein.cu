@@ -12,16 +12,27 @@ namespace sdcore {
 namespace {
 
 // Blocks that count and that fetch have one multiprocessor to themselves: what limits them is its
-// shared memory.
-constexpr int kCountThreads = 1024;
-// Points of one thread at a time, in registers, of which it can have 64.
+// shared memory. Half the threads that fit leave each the registers to have the next points on
+// their way.
+constexpr int kCountThreads = 512;
 template <typename Real, bool Weighted>
-constexpr int kCountPoints = 32 / sizeof(Real) / (Weighted ? 2 : 1);
+constexpr int kCountPoints = 32 / sizeof(Real) / (Weighted ? 2 : 1);  // of a thread at a time
 constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
-constexpr int kSolveThreads = 1024;
+constexpr uint32_t kPart = 1024;       // bins of a block that solves, one to a thread
+constexpr int kSolveThreads = kPart;
 constexpr int kGatherThreads = 512;
+constexpr int kMostDepth = 6;  // tables in shared memory, most of them on their way
+constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
 constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
+// In the place of a mass: a projection was not finite, or a weight NaN.
+constexpr unsigned long long kPoison = ~0ull;
+
+__host__ __device__ constexpr uint32_t round_up(uint32_t x, uint32_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+__host__ __device__ constexpr uint32_t padded_bins(uint32_t bins) { return round_up(bins, 8); }
+__host__ __device__ constexpr uint32_t parts_of(uint32_t bins) { return (bins + kPart - 1) / kPart; }
 
 // Projection and bin in one: a point's place between the ends of a direction's bins, from 0 to 1,
 // is an affine function of its coordinates.
@@ -30,6 +41,12 @@ struct alignas(D == 3 ? 4 * sizeof(Real) : sizeof(Real)) Line {
   Real slope[D];
   Real offset;
 };
+
+// Bytes of shared memory that a block has before its counters.
+template <typename Real, int D>
+__host__ __device__ constexpr uint32_t histogram_head(int group, uint32_t bins) {
+  return round_up(group * (parts_of(bins) * 8 + static_cast<uint32_t>(sizeof(Line<Real, D>)) + 4), 16);
+}
 
 template <typename Real>
 struct Range {
@@ -227,12 +244,12 @@ __global__ void __launch_bounds__(kRangeThreads)
 
 struct HistogramWork {
   Side side[2];
-  int64_t chunks[2];
+  int threads[2];  // of a block that counts this side's points, times points of a thread: a tile
   Directions directions;
   Ends ends;
   uint32_t bins;
   int group;  // directions of a block
-  int* poison;
+  unsigned* finished;
 };
 
 // Adds 64 bits as two halves: shared memory has no such atomic.
@@ -242,20 +259,20 @@ __device__ __forceinline__ void add_wide(uint32_t low, uint32_t high, unsigned l
   fetch_add(high, static_cast<uint32_t>(x >> 32) + (before + part < before));
 }
 
-// A point with a coordinate that is not finite, or so large that a projection may overflow.
-// By value, or all points would have to be in memory for this one.
+// A point with a coordinate that is not finite, or so large that a projection may overflow. By
+// value, or all points would have to be in memory for this one.
 template <typename Real, int D>
 struct Point {
   Real x[D];
 };
 template <typename Real, int D>
 __device__ __noinline__ void mark_if_not_finite(Point<Real, D> point, const Real* directions,
-                                                int64_t slot, int here, int* poison) {
+                                                int here, int* poison) {
   for (int g = 0; g < here; ++g) {
     Real value = 0;
 #pragma unroll
     for (int k = 0; k < D; ++k) value = fma(point.x[k], directions[g * D + k], value);
-    if (!isfinite(value)) poison[slot + g] = 1;
+    if (!isfinite(value)) poison[g] = 1;
   }
 }
 
@@ -270,65 +287,135 @@ struct Largest<double> {
   static constexpr double value = 1.7976931348623157e308;
 };
 
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
+  return __reduce_add_sync(0xffffffffu, x);
+}
+__device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Eight masses to memory, as what the histogram holds.
+__device__ __forceinline__ void store_8(void* out, int64_t at, int bits, const uint32_t (&x)[8]) {
+  if (bits == 16) {
+    uint4 packed;
+    packed.x = x[0] | x[1] << 16;
+    packed.y = x[2] | x[3] << 16;
+    packed.z = x[4] | x[5] << 16;
+    packed.w = x[6] | x[7] << 16;
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + at) = packed;
+  } else {
+    auto* to = reinterpret_cast<uint4*>(static_cast<uint32_t*>(out) + at);
+    to[0] = make_uint4(x[0], x[1], x[2], x[3]);
+    to[1] = make_uint4(x[4], x[5], x[6], x[7]);
+  }
+}
+__device__ __forceinline__ void store_8(void* out, int64_t at, int,
+                                        const unsigned long long (&x)[8]) {
+  auto* to = reinterpret_cast<ulonglong2*>(static_cast<unsigned long long*>(out) + at);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) to[j] = make_ulonglong2(x[2 * j], x[2 * j + 1]);
+}
+
+// A block counts one chunk of one side's points for a group of directions, in shared memory, and
+// writes what it counted: adding it to one histogram in memory by atomics takes three times as
+// long, and memory would have to be zeroed.
 template <typename Real, int D, bool Weighted>
 __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWork work) {
+  using Sum = std::conditional_t<Weighted, unsigned long long, uint32_t>;
+  constexpr int P = kCountPoints<Real, Weighted>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Ordered<Real> steepest;
-  const uint32_t bins = work.bins, pitch = bins + 1;
+  const uint32_t bins = work.bins, pitch = padded_bins(bins + 1);
+  const uint32_t row_words = pitch * (Weighted ? 2 : 1);
+  const uint32_t parts = parts_of(bins);
   const int64_t count = work.directions.count;
-  auto* lines = reinterpret_cast<Line<Real, D>*>(shared);
-  auto* counters = reinterpret_cast<uint32_t*>(lines + work.group);
+  auto* totals = reinterpret_cast<unsigned long long*>(shared);
+  auto* lines = reinterpret_cast<Line<Real, D>*>(totals + work.group * parts);
+  auto* poison = reinterpret_cast<int*>(lines + work.group);
+  auto* counters = reinterpret_cast<uint32_t*>(shared + histogram_head<Real, D>(work.group, bins));
 
-  const int64_t chunks = work.chunks[0] + work.chunks[1];
+  const int64_t chunks = work.side[0].chunks + work.side[1].chunks;
   const int64_t groups = (count + work.group - 1) / work.group;
   int64_t chunk = blockIdx.x % chunks;
   const int64_t first = blockIdx.x / chunks % groups * work.group;
   const int64_t b = blockIdx.x / chunks / groups;
-  const bool second = chunk >= work.chunks[0];
-  if (second) chunk -= work.chunks[0];
+  const bool second = chunk >= work.side[0].chunks;
+  if (second) chunk -= work.side[0].chunks;
   const Side side = second ? work.side[1] : work.side[0];
+  const int threads = second ? work.threads[1] : work.threads[0];
   const int here = static_cast<int>(min(count - first, static_cast<int64_t>(work.group)));
   const Real* directions = static_cast<const Real*>(work.directions.data) + first * D;
   const int64_t slot = b * count + first;
 
+  const int64_t n = side.points.count;
+  const int64_t each = (n + side.chunks - 1) / side.chunks;
+  const int64_t begin = min(chunk * each, n), end = min(begin + each, n);
+  const bool counts = static_cast<int>(threadIdx.x) < threads;
+  Real next[P][D];
+  if (counts && begin < end) {
+    load<Real, D, P>(side.points, b, begin + threadIdx.x, threads, next);
+  }
+
+  if (blockIdx.x == 0 && threadIdx.x == 0 && work.finished) *work.finished = 0;
   if (threadIdx.x == 0) steepest = 0;
-  const uint32_t words = here * pitch * (Weighted ? 2 : 1);
-  for (uint32_t i = threadIdx.x; i < words; i += kCountThreads) counters[i] = 0;
+  for (uint32_t i = threadIdx.x; i < here * row_words / 4; i += blockDim.x) {
+    reinterpret_cast<uint4*>(counters)[i] = make_uint4(0, 0, 0, 0);
+  }
+  for (uint32_t i = threadIdx.x; i < here * parts; i += blockDim.x) totals[i] = 0;
   __syncthreads();
-  for (int g = threadIdx.x; g < here; g += kCountThreads) {
+  for (int g = threadIdx.x; g < here; g += blockDim.x) {
     const Real* theta = directions + g * D;
     lines[g] = line_of<Real, D>(ends_of<Real, D>(work.ends, slot + g, theta), theta);
+    poison[g] = 0;
     Real largest = 0;
     for (int k = 0; k < D; ++k) largest = fmax(largest, fabs(theta[k]));
     atomicMax(&steepest, ordered(largest));
   }
   __syncthreads();
-  const Real theta_most = unordered(steepest);
-  const Real safe = Largest<Real>::value / 4 / fmax(theta_most, Real(1));
-
-  const int64_t n = side.points.count;
-  const int64_t each = (n + (second ? work.chunks[1] : work.chunks[0]) - 1) /
-                       (second ? work.chunks[1] : work.chunks[0]);
-  const int64_t begin = chunk * each, end = min(begin + each, n);
+  const Real safe = Largest<Real>::value / 4 / fmax(unordered(steepest), Real(1));
   const Real scale = static_cast<Real>(bins);
 
-  const auto add = [&](auto& x, auto& mass) {
-    constexpr int P = sizeof(x) / sizeof(x[0]);
+  const int64_t tile = static_cast<int64_t>(P) * threads;
+  for (int64_t from = begin; counts && from < end; from += tile) {
+    Real x[P][D];
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      Real size = fabs(x[j][0]);
+      const int64_t i = from + threadIdx.x + j * threads;
+      Real size = 0;
 #pragma unroll
-      for (int k = 1; k < D; ++k) size += fabs(x[j][k]);
-      if (!(size < safe)) {
+      for (int k = 0; k < D; ++k) {
+        x[j][k] = next[j][k];
+        size += fabs(x[j][k]);
+      }
+      if (i >= end) {
+        x[j][0] = static_cast<Real>(NAN);  // counted in bin 0, and taken off again below
+      } else if (!(size < safe)) {
         Point<Real, D> point;
 #pragma unroll
         for (int k = 0; k < D; ++k) point.x[k] = x[j][k];
-        mark_if_not_finite<Real, D>(point, directions, slot, here, work.poison);
+        mark_if_not_finite<Real, D>(point, directions, here, poison);
+      }
+    }
+    // The next points are on their way while these are counted.
+    if (from + tile < end) {
+      load<Real, D, P>(side.points, b, from + tile + threadIdx.x, threads, next);
+    }
+    unsigned long long mass[P];
+    if constexpr (Weighted) {
+#pragma unroll
+      for (int j = 0; j < P; ++j) {
+        const int64_t i = from + threadIdx.x + j * threads;
+        const double weight = i < end ? side.weights[b * n + i] : 0;
+        if (weight != weight) {
+          for (int g = 0; g < here; ++g) poison[g] = 1;
+        }
+        mass[j] = __double2ull_rn(weight * kWeightUnit);
       }
     }
     for (int g = 0; g < here; ++g) {
       const Line<Real, D> line = lines[g];
-      const Row<Real, uint32_t> row(counters + g * pitch * (Weighted ? 2 : 1));
+      const Row<Real, uint32_t> row(counters + g * row_words);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const uint32_t counter = row.at(bin_of<D>(x[j], line, scale));
@@ -339,52 +426,52 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
         }
       }
     }
-  };
-  const auto weight = [&](int64_t i) -> unsigned long long {
-    if constexpr (!Weighted) return 1;
-    const double w = side.weights[b * n + i];
-    if (w != w) {
-      for (int g = 0; g < here; ++g) work.poison[slot + g] = 1;
-      return 0;
-    }
-    return __double2ull_rn(w * kWeightUnit);
-  };
-
-  constexpr int P = kCountPoints<Real, Weighted>;
-  int64_t at = begin + threadIdx.x;
-  for (; at - threadIdx.x + P * kCountThreads <= end; at += P * kCountThreads) {
-    Real x[P][D];
-    unsigned long long mass[P];
-    load<Real, D, P>(side.points, b, at, kCountThreads, x);
-#pragma unroll
-    for (int j = 0; j < P; ++j) mass[j] = weight(at + j * kCountThreads);
-    add(x, mass);
-  }
-  for (; at < end; at += kCountThreads) {
-    Real x[1][D];
-    unsigned long long mass[1] = {weight(at)};
-    load<Real, D, 1>(side.points, b, at, kCountThreads, x);
-    add(x, mass);
   }
   __syncthreads();
 
-  for (int g = 0; g < here; ++g) {
-    const uint32_t* row = counters + g * pitch * (Weighted ? 2 : 1);
-    const int64_t to = (slot + g) * bins;
-    for (uint32_t i = threadIdx.x; i < bins; i += kCountThreads) {
-      if constexpr (Weighted) {
-        const auto whole = [&](uint32_t j) {
-          return row[j] | static_cast<unsigned long long>(row[j + pitch]) << 32;
-        };
-        unsigned long long sum = whole(i);
-        if (i == bins - 1) sum += whole(bins);
-        if (sum) atomicAdd(static_cast<unsigned long long*>(side.histogram) + to + i, sum);
-      } else {
-        uint32_t sum = row[i];
-        if (i == bins - 1) sum += row[bins];
-        if (sum) atomicAdd(static_cast<uint32_t*>(side.histogram) + to + i, sum);
-      }
+  // What was counted past the last bin belongs to it; what was no point does not count.
+  for (int g = threadIdx.x; g < here; g += blockDim.x) {
+    uint32_t* row = counters + g * row_words;
+    if constexpr (Weighted) {
+      const unsigned long long last = row[bins] | static_cast<unsigned long long>(row[bins + pitch]) << 32;
+      const unsigned long long sum = last + (row[bins - 1] | static_cast<unsigned long long>(row[bins - 1 + pitch]) << 32);
+      row[bins - 1] = static_cast<uint32_t>(sum);
+      row[bins - 1 + pitch] = static_cast<uint32_t>(sum >> 32);
+      row[bins] = row[bins + pitch] = 0;
+    } else {
+      row[bins - 1] += row[bins];
+      row[bins] = 0;
+      const int64_t tiles = (end - begin + tile - 1) / tile;
+      row[0] -= static_cast<uint32_t>(tiles * tile - (end - begin));
     }
+  }
+  __syncthreads();
+
+  const Histograms& out = side.out;
+  const uint32_t wide = padded_bins(bins), vectors = wide / 8;
+  const int64_t to = slot * out.chunks + side.first_chunk + chunk;  // one row further each chunk
+  for (uint32_t v = threadIdx.x; v < here * round_up(vectors, 32); v += blockDim.x) {
+    const uint32_t g = v / round_up(vectors, 32), at = v % round_up(vectors, 32) * 8;
+    const uint32_t* row = counters + g * row_words + at;
+    Sum x[8] = {}, sum = 0;
+    if (at < wide) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        x[j] = row[j];
+        if constexpr (Weighted) x[j] |= static_cast<Sum>(row[j + pitch]) << 32;
+        sum += x[j];
+      }
+      store_8(out.masses, (to + g * out.chunks) * out.pitch + at, out.bits, x);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) {
+      atomicAdd(totals + g * parts + min(at / kPart, parts - 1), static_cast<unsigned long long>(sum));
+    }
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < here * parts; i += blockDim.x) {
+    const uint32_t g = i / parts;
+    out.totals[(to + g * out.chunks) * parts + i % parts] = poison[g] ? kPoison : totals[i];
   }
 }
 
@@ -410,7 +497,7 @@ __device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total, Pair<T>* scr
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
   if (warp == 0) {
-    Pair<T> whole = lane < kSolveThreads / 32 ? scratch[lane] : Pair<T>{0, 0};
+    Pair<T> whole = scratch[lane];
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const T x = __shfl_up_sync(0xffffffffu, whole.x, step);
@@ -431,11 +518,24 @@ __device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total, Pair<T>* scr
   }
 }
 
-using Mass = long long;
+using Mass = unsigned long long;
 
-__device__ __forceinline__ Mass mass_at(const Masses& masses, int64_t i) {
-  return masses.wide ? static_cast<const Mass*>(masses.data)[i]
-                     : static_cast<Mass>(static_cast<const uint32_t*>(masses.data)[i]);
+// The mass in one bin: the sum of what the chunks' blocks counted.
+template <typename T>
+__device__ __forceinline__ Mass sum_chunks(const void* masses, int64_t at, int64_t chunks,
+                                           int64_t pitch) {
+  const T* from = static_cast<const T*>(masses) + at;
+  Mass sum = 0;
+#pragma unroll 16
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += __ldcg(from + chunk * pitch);
+  return sum;
+}
+
+__device__ Mass mass_at(const Histograms& side, int64_t slot, int64_t i) {
+  const int64_t at = slot * side.chunks * side.pitch + i;
+  if (side.bits == 16) return sum_chunks<uint16_t>(side.masses, at, side.chunks, side.pitch);
+  if (side.bits == 32) return sum_chunks<uint32_t>(side.masses, at, side.chunks, side.pitch);
+  return sum_chunks<Mass>(side.masses, at, side.chunks, side.pitch);
 }
 
 // Of the mass of x in a bin, quantiles F(b-) to F(b), the part below G(b-) comes from lower bins of
@@ -449,60 +549,110 @@ __device__ __forceinline__ Real slope_1(double f_before, double f, double g_befo
 
 template <typename Real>
 struct SolveWork {
-  Masses x, y;
+  Histograms x, y;
+  bool one_y;
   const Real* directions;
-  int64_t count;
+  int64_t batch, count;
   Ends ends;
   int64_t bins;
-  const int* poison;
   Real* values;
+  double scale;
+  bool reduce;
   Real* table_x;
   Real* table_y;
   Real* edges;
-  double* workspace;
+  double* costs;
+  unsigned* finished;
+  double* moments;
 };
 
-// What a block of either solve kernel starts from.
+// What a block of the solve kernels starts from: one part of one direction's bins, and the mass
+// before that part.
 struct Problem {
-  int64_t slot, x, y;  // of the outputs, and where the histograms begin
+  int64_t slot, part;
+  Pair<int64_t> slots;  // of the histograms
+  Pair<Mass> before;
   double unit_x, unit_y, width;
   bool bad;
 };
 
 template <typename Real, int D>
 __device__ Problem begin(const SolveWork<Real>& work, Pair<Mass>* scratch) {
+  __shared__ int bad;
+  const int64_t parts = parts_of(static_cast<uint32_t>(work.bins));
   Problem problem;
-  problem.slot = blockIdx.x;
-  const int64_t b = problem.slot / work.count, l = problem.slot % work.count;
-  problem.x = (b * work.x.batch_stride + l) * work.bins;
-  problem.y = (b * work.y.batch_stride + l) * work.bins;
-  Pair<Mass> total = {work.x.total, work.y.total};
-  if (total.x == 0 || total.y == 0) {
-    Pair<Mass> mine = {0, 0}, before;
-    for (int64_t i = threadIdx.x; i < work.bins; i += kSolveThreads) {
-      mine.x += mass_at(work.x, problem.x + i);
-      mine.y += mass_at(work.y, problem.y + i);
+  problem.slot = blockIdx.x / parts;
+  problem.part = blockIdx.x % parts;
+  const int64_t l = problem.slot % work.count;
+  problem.slots = {problem.slot, work.one_y ? l : problem.slot};
+  if (threadIdx.x == 0) bad = 0;
+  __syncthreads();
+  Pair<Mass> earlier = {0, 0}, all = {0, 0};
+  const auto sum = [&](const Histograms& side, int64_t slot, Mass& earlier, Mass& all) {
+    const int64_t size = side.totals ? side.chunks * parts : work.bins;
+    for (int64_t i = threadIdx.x; i < size; i += kSolveThreads) {
+      const Mass mass = side.totals ? __ldcg(side.totals + slot * size + i) : mass_at(side, slot, i);
+      if (mass == kPoison) bad = 1;
+      all += mass;
+      if ((side.totals ? i % parts : i / kPart) < problem.part) earlier += mass;
     }
-    scan(mine, before, total, scratch);
-  }
+  };
+  sum(work.x, problem.slots.x, earlier.x, all.x);
+  sum(work.y, problem.slots.y, earlier.y, all.y);
+  Pair<Mass> before, total;
+  scan(earlier, before, problem.before, scratch);
+  scan(all, before, total, scratch);
   problem.unit_x = 1.0 / static_cast<double>(total.x);
   problem.unit_y = 1.0 / static_cast<double>(total.y);
-  problem.bad = work.poison[problem.slot] != 0 || total.x <= 0 || total.y <= 0;
+  problem.bad = bad != 0;
   const Range<Real> range = ends_of<Real, D>(work.ends, problem.slot, work.directions + l * D);
   problem.width = (static_cast<double>(range.high) - static_cast<double>(range.low)) /
                   static_cast<double>(work.bins);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && problem.part == 0) {
     work.edges[2 * problem.slot] = range.low;
     work.edges[2 * problem.slot + 1] = range.high;
   }
   return problem;
 }
 
-constexpr int kSolveBins = 4;  // of one thread at a time
-
 template <typename Real>
 __device__ Real or_nan(bool bad, Real x) {
   return bad ? static_cast<Real>(NAN) : x;
+}
+
+// A block's part of the cost to memory; the last block adds them up, in one order, to the values.
+template <typename Real>
+__device__ void finish(const SolveWork<Real>& work, const Problem& problem, double cost,
+                       Pair<double>* scratch) {
+  __shared__ bool last;
+  Pair<double> before, total;
+  scan(Pair<double>{cost, 0}, before, total, scratch);
+  if (threadIdx.x == 0) {
+    work.costs[blockIdx.x] = or_nan(problem.bad, total.x);
+    __threadfence();
+    last = atomicAdd(work.finished, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const int64_t parts = parts_of(static_cast<uint32_t>(work.bins));
+  if (!work.reduce) {
+    for (int64_t slot = threadIdx.x; slot < work.batch * work.count; slot += kSolveThreads) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += __ldcg(work.costs + slot * parts + part);
+      work.values[slot] = static_cast<Real>(sum);
+    }
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  for (int64_t b = threadIdx.x / 32; b < work.batch; b += kSolveThreads / 32) {
+    double sum = 0;
+    for (int64_t i = lane; i < work.count * parts; i += 32) {
+      sum += __ldcg(work.costs + b * work.count * parts + i);
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0) work.values[b] = static_cast<Real>(sum * work.scale);
+  }
 }
 
 template <typename Real, int D>
@@ -510,55 +660,79 @@ __global__ void __launch_bounds__(kSolveThreads) solve_1_kernel(SolveWork<Real> 
   __shared__ Pair<Mass> scratch[32];
   __shared__ Pair<double> sums[32];
   const Problem problem = begin<Real, D>(work, scratch);
-  Pair<Mass> carry = {0, 0};
-  double gap = 0;
-  for (int64_t tile = 0; tile < work.bins; tile += kSolveThreads * kSolveBins) {
-    const int64_t first = tile + threadIdx.x * kSolveBins;
-    Mass x[kSolveBins], y[kSolveBins];
-    Pair<Mass> mine = {0, 0}, end, total;
-#pragma unroll
-    for (int j = 0; j < kSolveBins; ++j) {
-      const bool inside = first + j < work.bins;
-      x[j] = inside ? mass_at(work.x, problem.x + first + j) : 0;
-      y[j] = inside ? mass_at(work.y, problem.y + first + j) : 0;
-      mine.x += x[j];
-      mine.y += y[j];
+  const int64_t i = problem.part * kPart + threadIdx.x;
+  const bool inside = i < work.bins;
+  const Pair<Mass> mine = {inside ? mass_at(work.x, problem.slots.x, i) : 0,
+                           inside ? mass_at(work.y, problem.slots.y, i) : 0};
+  Pair<Mass> before, total;
+  scan(mine, before, total, scratch);
+  before.x += problem.before.x;
+  before.y += problem.before.y;
+  double cost = 0;
+  if (inside) {
+    const double f_before = before.x * problem.unit_x, f = (before.x + mine.x) * problem.unit_x;
+    const double g_before = before.y * problem.unit_y, g = (before.y + mine.y) * problem.unit_y;
+    cost = fabs(f - g) * problem.width;
+    const Real slope_x = mine.x > 0 ? slope_1<Real>(f_before, f, g_before, g) : Real(0);
+    const int64_t at = problem.slot * work.bins + i;
+    work.table_x[at] = or_nan(problem.bad, slope_x);
+    if (work.table_y) {
+      const Real slope_y = mine.y > 0 ? slope_1<Real>(g_before, g, f_before, f) : Real(0);
+      work.table_y[at] = or_nan(problem.bad, slope_y);
     }
-    scan(mine, end, total, scratch);
-    end.x += carry.x;
-    end.y += carry.y;
-    double f_before = end.x * problem.unit_x, g_before = end.y * problem.unit_y;
-#pragma unroll
-    for (int j = 0; j < kSolveBins; ++j) {
-      end.x += x[j];
-      end.y += y[j];
-      const double f = end.x * problem.unit_x, g = end.y * problem.unit_y;
-      if (first + j < work.bins) {
-        gap += fabs(f - g);
-        const Real slope_x = x[j] > 0 ? slope_1<Real>(f_before, f, g_before, g) : Real(0);
-        const Real slope_y = y[j] > 0 ? slope_1<Real>(g_before, g, f_before, f) : Real(0);
-        const int64_t at = problem.slot * work.bins + first + j;
-        work.table_x[at] = or_nan(problem.bad, slope_x);
-        if (work.table_y) work.table_y[at] = or_nan(problem.bad, slope_y);
-      }
-      f_before = f;
-      g_before = g;
-    }
-    carry.x += total.x;
-    carry.y += total.y;
   }
-  Pair<double> before, total;
-  scan(Pair<double>{gap, 0}, before, total, sums);
-  if (threadIdx.x == 0) {
-    work.values[problem.slot] = or_nan(problem.bad, static_cast<Real>(total.x * problem.width));
-  }
+  finish(work, problem, cost, sums);
 }
 
-// Per bin, up to and including it: one side's mass, and its first moment, in bins.
+// For p = 2. Per bin, up to and including it: one side's mass; and the first moment, in bins, of
+// the mass from the part's first bin on. `parts` has the moments of all parts before each.
 struct Moments {
+  const double* level;
+  const double* moment;
+  const double* parts;
+};
+
+struct MomentsWork {
   double* level;
   double* moment;
+  double* part;
 };
+__device__ __forceinline__ MomentsWork moments_of(double* moments, int64_t slots, int64_t bins,
+                                                  int side) {
+  const int64_t parts = parts_of(static_cast<uint32_t>(bins));
+  double* from = moments + side * slots * (2 * bins + parts);
+  return {from, from + slots * bins, from + 2 * slots * bins};
+}
+
+template <typename Real, int D>
+__global__ void __launch_bounds__(kSolveThreads) moments_kernel(SolveWork<Real> work) {
+  __shared__ Pair<Mass> scratch[32];
+  __shared__ Pair<double> sums[32];
+  const Problem problem = begin<Real, D>(work, scratch);
+  const int64_t i = problem.part * kPart + threadIdx.x;
+  const bool inside = i < work.bins;
+  const Pair<Mass> mine = {inside ? mass_at(work.x, problem.slots.x, i) : 0,
+                           inside ? mass_at(work.y, problem.slots.y, i) : 0};
+  Pair<Mass> before, total;
+  scan(mine, before, total, scratch);
+  const Pair<double> moment = {mine.x * problem.unit_x * static_cast<double>(i),
+                               mine.y * problem.unit_y * static_cast<double>(i)};
+  Pair<double> moment_before, moment_total;
+  scan(moment, moment_before, moment_total, sums);
+  const int64_t slots = work.batch * work.count, at = problem.slot * work.bins + i;
+  const MomentsWork x = moments_of(work.moments, slots, work.bins, 0);
+  const MomentsWork y = moments_of(work.moments, slots, work.bins, 1);
+  if (inside) {
+    x.level[at] = or_nan(problem.bad, (problem.before.x + before.x + mine.x) * problem.unit_x);
+    y.level[at] = or_nan(problem.bad, (problem.before.y + before.y + mine.y) * problem.unit_y);
+    x.moment[at] = moment_before.x + moment.x;
+    y.moment[at] = moment_before.y + moment.y;
+  }
+  if (threadIdx.x == 0) {
+    x.part[blockIdx.x] = moment_total.x;
+    y.part[blockIdx.x] = moment_total.y;
+  }
+}
 
 // The first bin up to which there is more mass than u, or the last bin.
 __device__ __forceinline__ int64_t bin_above(const double* level, int64_t bins, double u) {
@@ -577,86 +751,76 @@ __device__ __forceinline__ int64_t bin_above(const double* level, int64_t bins, 
 // First moment of the mass below quantile u.
 __device__ __forceinline__ double moment_below(const Moments& side, int64_t bins, double u) {
   const int64_t i = bin_above(side.level, bins, u);
-  const double level = i > 0 ? side.level[i - 1] : 0, moment = i > 0 ? side.moment[i - 1] : 0;
-  return moment + (u - level) * static_cast<double>(i);
+  if (i == 0) return 0;
+  const double moment = side.moment[i - 1] + side.parts[(i - 1) / kPart];
+  return moment + (u - side.level[i - 1]) * static_cast<double>(i);
 }
 
-// One side's slopes: 2 (bin - mean of its partners).
+// One side's slope: 2 (bin - mean of its partners).
 template <typename Real>
-__device__ void slopes_2(const Moments& mine, const Moments& other, const Problem& problem,
-                         int64_t bins, Real* table) {
-  for (int64_t i = threadIdx.x; i < bins; i += kSolveThreads) {
-    const double begin = i > 0 ? mine.level[i - 1] : 0, end = mine.level[i], mass = end - begin;
-    double slope = 0;
-    if (mass > 0) {
-      const double partners = moment_below(other, bins, end) - moment_below(other, bins, begin);
-      slope = 2 * problem.width * (static_cast<double>(i) - partners / mass);
-    }
-    table[i] = or_nan(problem.bad, static_cast<Real>(slope));
-  }
+__device__ Real slope_2(const Moments& mine, const Moments& other, double width, int64_t bins,
+                        int64_t i) {
+  const double begin = i > 0 ? mine.level[i - 1] : 0, end = mine.level[i], mass = end - begin;
+  if (mass <= 0) return 0;  // not NaN's way
+  const double partners = moment_below(other, bins, end) - moment_below(other, bins, begin);
+  return static_cast<Real>(2 * width * (static_cast<double>(i) - partners / mass));
 }
 
-// The cost of the pieces of mass that begin where a bin of `mine` begins: to the end of that bin,
-// or of the partner's. `first` also has those where both begin.
-__device__ __forceinline__ double pieces_2(const Moments& mine, const Moments& other, int64_t bins,
-                                           bool first) {
-  double cost = 0;
-  for (int64_t i = threadIdx.x; i < bins; i += kSolveThreads) {
-    const double begin = i > 0 ? mine.level[i - 1] : 0, end = mine.level[i];
-    if (!(end > begin)) continue;
-    const int64_t j = bin_above(other.level, bins, begin);
-    const double partner = j > 0 ? other.level[j - 1] : 0;
-    if (!first && partner == begin) continue;
-    const double apart = static_cast<double>(i - j);
-    cost += fmax(0.0, fmin(end, other.level[j]) - begin) * apart * apart;
-  }
-  return cost;
+// The cost of the piece of mass that begins where bin i of `mine` begins, up to the end of that
+// bin or of the partner's. Of pieces that begin where bins of both do, `first` has them.
+__device__ __forceinline__ double piece_2(const Moments& mine, const Moments& other, int64_t bins,
+                                          int64_t i, bool first) {
+  const double begin = i > 0 ? mine.level[i - 1] : 0, end = mine.level[i];
+  if (!(end > begin)) return 0;
+  const int64_t j = bin_above(other.level, bins, begin);
+  if (!first && (j > 0 ? other.level[j - 1] : 0) == begin) return 0;
+  const double apart = static_cast<double>(i - j);
+  return fmax(0.0, fmin(end, other.level[j]) - begin) * apart * apart;
 }
 
-template <typename Real, int D>
+template <typename Real>
 __global__ void __launch_bounds__(kSolveThreads) solve_2_kernel(SolveWork<Real> work) {
-  __shared__ Pair<Mass> scratch[32];
+  extern __shared__ double before[];  // [2, parts]: first moments of all parts before
   __shared__ Pair<double> sums[32];
-  const Problem problem = begin<Real, D>(work, scratch);
-  const int64_t bins = work.bins, at = problem.slot * bins, all = gridDim.x * bins;
-  const Moments x = {work.workspace + at, work.workspace + all + at};
-  const Moments y = {work.workspace + 2 * all + at, work.workspace + 3 * all + at};
-  Pair<Mass> mass = {0, 0};
-  Pair<double> moment = {0, 0};
-  for (int64_t tile = 0; tile < bins; tile += kSolveThreads) {
-    const int64_t i = tile + threadIdx.x;
-    const bool inside = i < bins;
-    const Pair<Mass> mine = {inside ? mass_at(work.x, problem.x + i) : 0,
-                             inside ? mass_at(work.y, problem.y + i) : 0};
-    const Pair<double> mine_1 = {mine.x * problem.unit_x * static_cast<double>(i),
-                                 mine.y * problem.unit_y * static_cast<double>(i)};
-    Pair<Mass> before, total;
-    Pair<double> before_1, total_1;
-    scan(mine, before, total, scratch);
-    scan(mine_1, before_1, total_1, sums);
-    if (inside) {
-      x.level[i] = (mass.x + before.x + mine.x) * problem.unit_x;
-      y.level[i] = (mass.y + before.y + mine.y) * problem.unit_y;
-      x.moment[i] = moment.x + before_1.x + mine_1.x;
-      y.moment[i] = moment.y + before_1.y + mine_1.y;
+  const int64_t bins = work.bins, slots = work.batch * work.count;
+  const int64_t parts = parts_of(static_cast<uint32_t>(bins));
+  Problem problem;
+  problem.slot = blockIdx.x / parts;
+  problem.part = blockIdx.x % parts;
+  const auto side = [&](int number) {
+    const MomentsWork all = moments_of(work.moments, slots, bins, number);
+    if (threadIdx.x == 0) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        before[number * parts + part] = sum;
+        sum += all.part[problem.slot * parts + part];
+      }
     }
-    mass = {mass.x + total.x, mass.y + total.y};
-    moment = {moment.x + total_1.x, moment.y + total_1.y};
-  }
+    return Moments{all.level + problem.slot * bins, all.moment + problem.slot * bins,
+                   before + number * parts};
+  };
+  const Moments x = side(0), y = side(1);
   __syncthreads();
-  slopes_2(x, y, problem, bins, work.table_x + at);
-  if (work.table_y) slopes_2(y, x, problem, bins, work.table_y + at);
-  const Pair<double> cost = {pieces_2(x, y, bins, true), pieces_2(y, x, bins, false)};
-  Pair<double> before, total;
-  scan(cost, before, total, sums);
-  if (threadIdx.x == 0) {
-    const double value = (total.x + total.y) * problem.width * problem.width;
-    work.values[problem.slot] = or_nan(problem.bad, static_cast<Real>(value));
+  const Real* edge = work.edges + 2 * problem.slot;
+  problem.width = (static_cast<double>(edge[1]) - static_cast<double>(edge[0])) /
+                  static_cast<double>(bins);
+  problem.bad = isnan(x.level[0]);
+  const int64_t i = problem.part * kPart + threadIdx.x;
+  double cost = 0;
+  if (i < bins) {
+    const int64_t at = problem.slot * bins + i;
+    work.table_x[at] = or_nan(problem.bad, slope_2<Real>(x, y, problem.width, bins, i));
+    if (work.table_y) {
+      work.table_y[at] = or_nan(problem.bad, slope_2<Real>(y, x, problem.width, bins, i));
+    }
+    cost = piece_2(x, y, bins, i, true) + piece_2(y, x, bins, i, false);
   }
+  finish(work, problem, cost * problem.width * problem.width, sums);
 }
 
 struct GatherWork {
-  const void* grad;
+  const void* grad;  // Real, of batch element b and direction l at b * strides[0] + l * strides[1]
+  int64_t grad_stride[2];
   Points points;
   Directions directions;
   const double* weights;
@@ -664,7 +828,7 @@ struct GatherWork {
   const void* table;
   const void* edges;
   uint32_t bins;
-  int stage;  // directions whose tables are fetched at a time
+  int depth;  // of the ring of tables in shared memory
   Points out;
 };
 
@@ -679,10 +843,24 @@ __device__ __forceinline__ void copy_1(Real* to, const Real* from) {
                "n"(sizeof(Real))
                : "memory");
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+// Waits until all but the latest `pending` of this thread's groups of copies have arrived.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  switch (pending) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+  }
 }
 
 // Of one direction: where a point's slope is in the table, and what it adds to the gradient.
@@ -692,83 +870,79 @@ struct alignas(D == 3 ? 4 * sizeof(Real) : sizeof(Real)) Pull {
   Real theta[D];
 };
 
-template <typename Real, int D>
+template <typename Real>
 __host__ __device__ constexpr uint32_t table_pitch(uint32_t bins) {
-  constexpr uint32_t some = 16 / sizeof(Real);
-  return (bins + 1 + some - 1) / some * some;
+  return round_up(bins + 1, 16 / sizeof(Real));
 }
 
-// Starts fetching the tables of `here` directions from `first` on.
-template <typename Real, int D>
-__device__ void fetch(const GatherWork& work, int64_t b, int64_t first, int here, Real* tables,
-                      Pull<Real, D>* pulls) {
-  const int64_t slot = b * work.directions.count + first;
-  const uint32_t bins = work.bins, pitch = table_pitch<Real, D>(bins);
-  const Real* from = static_cast<const Real*>(work.table) + slot * bins;
+// Starts copying one direction's table; its entry past the last is the last once more.
+template <typename Real>
+__device__ __forceinline__ void fetch(const Real* from, Real* to, uint32_t bins) {
   constexpr uint32_t some = 16 / sizeof(Real);
-  for (int g = 0; g < here; ++g, from += bins, tables += pitch) {
-    if (bins % some == 0) {
-      for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
-        copy_16(tables + i, from + i);
-      }
-    } else {
-      for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(tables + i, from + i);
+  if (bins % some == 0) {
+    for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
+      copy_16(to + i, from + i);
     }
-    if (threadIdx.x == 0) copy_1(tables + bins, from + bins - 1);
+  } else {
+    for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(to + i, from + i);
   }
-  commit();
-  for (int g = threadIdx.x; g < here; g += blockDim.x) {
-    const Real* theta = static_cast<const Real*>(work.directions.data) + (first + g) * D;
-    const Real* edge = static_cast<const Real*>(work.edges) + 2 * (slot + g);
-    const Real grad = static_cast<const Real*>(work.grad)[slot + g];
-    Pull<Real, D> pull;
-    pull.line = line_of<Real, D>({edge[0], edge[1]}, theta);
-    for (int k = 0; k < D; ++k) pull.theta[k] = theta[k] * grad;
-    pulls[g] = pull;
-  }
+  if (threadIdx.x == 0) copy_1(to + bins, from + bins - 1);
 }
 
+// Points stay in registers while the tables of all directions come by.
 template <typename Real, int D, int P>
 __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork work) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const uint32_t pitch = table_pitch<Real, D>(work.bins);
+  __shared__ Pull<Real, D> pulls[kPulls];
+  const uint32_t bins = work.bins, pitch = table_pitch<Real>(bins);
   const int64_t count = work.directions.count, n = work.points.count;
-  Real* tables = reinterpret_cast<Real*>(shared);
-  auto* pulls = reinterpret_cast<Pull<Real, D>*>(tables + 2 * work.stage * pitch);
+  Real* ring = reinterpret_cast<Real*>(shared);
   const int64_t tiles = (n + P * blockDim.x - 1) / (P * blockDim.x);
   const int64_t b = blockIdx.x / tiles;
   const int64_t at = blockIdx.x % tiles * P * blockDim.x + threadIdx.x;
-  const auto some = [&](int64_t first) {
-    return static_cast<int>(min(count - first, static_cast<int64_t>(work.stage)));
-  };
+  const Real* tables = static_cast<const Real*>(work.table) + b * count * bins;
 
-  fetch<Real, D>(work, b, 0, some(0), tables, pulls);
+  int64_t coming = 0;
+  uint32_t to = 0;
+  const auto fetch_next = [&] {
+    if (coming < count) fetch(tables + coming * bins, ring + to * pitch, bins);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    ++coming;
+    if (++to == work.depth) to = 0;
+  };
+  for (int i = 0; i < work.depth - 1; ++i) fetch_next();
   Real x[P][D], sum[P][D] = {};
   load<Real, D, P>(work.points, b, at, blockDim.x, x);
-  const Real bins = static_cast<Real>(work.bins);
-  int now = 0;
-  for (int64_t first = 0; first < count; first += work.stage, now ^= 1) {
-    const int64_t next = first + work.stage;
-    if (next < count) {
-      fetch<Real, D>(work, b, next, some(next), tables + (now ^ 1) * work.stage * pitch,
-                     pulls + (now ^ 1) * work.stage);
-      wait<1>();
-    } else {
-      wait<0>();
-    }
+  const Real scale = static_cast<Real>(bins);
+  uint32_t now = 0;
+  for (int64_t first = 0; first < count; first += kPulls) {
+    const int here = static_cast<int>(min(count - first, static_cast<int64_t>(kPulls)));
     __syncthreads();
-    const int here = some(first);
+    for (int g = threadIdx.x; g < here; g += blockDim.x) {
+      const int64_t l = first + g;
+      const Real* theta = static_cast<const Real*>(work.directions.data) + l * D;
+      const Real* edge = static_cast<const Real*>(work.edges) + 2 * (b * count + l);
+      const Real grad = static_cast<const Real*>(
+          work.grad)[b * work.grad_stride[0] + l * work.grad_stride[1]];
+      Pull<Real, D> pull;
+      pull.line = line_of<Real, D>({edge[0], edge[1]}, theta);
+      for (int k = 0; k < D; ++k) pull.theta[k] = theta[k] * grad;
+      pulls[g] = pull;
+    }
     for (int g = 0; g < here; ++g) {
-      const Pull<Real, D> pull = pulls[now * work.stage + g];
-      const Row<Real, Real> table(tables + (now * work.stage + g) * pitch);
+      wait_for_copies(work.depth - 2);
+      __syncthreads();  // and all are done with the table before, whose place is free now
+      fetch_next();
+      const Pull<Real, D> pull = pulls[g];
+      const Row<Real, Real> table(ring + now * pitch);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
-        const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, bins)), Real());
+        const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, scale)), Real());
 #pragma unroll
         for (int k = 0; k < D; ++k) sum[j][k] = fma(slope, pull.theta[k], sum[j][k]);
       }
+      if (++now == work.depth) now = 0;
     }
-    __syncthreads();
   }
 
   with_format<Real>(work.out, [&](auto* data) {
@@ -867,131 +1041,154 @@ void sliced_wasserstein_range(const Points* sides, int count, Directions directi
   });
 }
 
+HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, int64_t batch,
+                                      int64_t directions, int64_t bins, bool weighted,
+                                      bool is_double, int device) {
+  const Chip gpu = chip(device);
+  const int64_t real = is_double ? 8 : 4;
+  const int64_t each = padded_bins(static_cast<uint32_t>(bins) + 1) * (weighted ? 8 : 4) +
+                       parts_of(static_cast<uint32_t>(bins)) * 8 + (dim + 1) * real + 4;
+  // Less static shared memory and rounding.
+  const int64_t most = std::min<int64_t>((gpu.shared_per_block - 64) / each, 64);
+  if (most == 0) {
+    throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
+  }
+  HistogramPlan plan;
+  const int64_t groups = ceil_div(directions, most);
+  plan.group = ceil_div(directions, groups);
+  const int64_t resident =
+      std::clamp<int64_t>(gpu.shared_per_block / (plan.group * each + 1024), 1, 4);
+  const int64_t blocks = std::max<int64_t>(1, gpu.multiprocessors * resident / (groups * batch));
+  // A side's share of the blocks; each with enough points to be worth its zeroing and writing.
+  const int64_t share = (blocks * n + (n + others) / 2) / (n + others);
+  plan.chunks = std::clamp<int64_t>(share, 1, ceil_div(n, 4 * kCountThreads));
+  const int64_t chunk = ceil_div(n, plan.chunks);
+  plan.bits = weighted ? 64 : chunk <= 65535 ? 16 : 32;
+  plan.pitch = padded_bins(static_cast<uint32_t>(bins));
+  plan.parts = parts_of(static_cast<uint32_t>(bins));
+  return plan;
+}
+
 void sliced_wasserstein_histogram(const Side* sides, int count, Directions directions, Ends ends,
-                                  int64_t bins, int* poison, Place place) {
+                                  int64_t bins, unsigned* finished, Place place) {
   const DeviceGuard guard(place.device);
-  const Chip gpu = chip(place.device);
   const Points& points = sides[0].points;
   with_real(points.format == Format::float64, [&](auto zero) {
     using Real = decltype(zero);
     with_dim(points.dim, [&](auto dim) {
-      const auto launch = [&](auto weighted, HistogramWork work, int64_t all) {
-        const int64_t each = static_cast<int64_t>(sizeof(Line<Real, dim>)) +
-                             (bins + 1) * (weighted ? 8 : 4);
-        // Static shared memory, and what the system keeps.
-        const int64_t room = gpu.shared_per_block - 64;
-        const int64_t most = std::min<int64_t>(room / each, 64);
-        if (most == 0) {
-          throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
+      const auto launch = [&](auto weighted) {
+        HistogramWork work = {{sides[0], sides[count - 1]},
+                              {0, 0},
+                              directions,
+                              ends,
+                              static_cast<uint32_t>(bins),
+                              static_cast<int>(std::min(sides[0].group, directions.count)),
+                              finished};
+        if (count == 1) work.side[1].chunks = 0;
+        constexpr int P = kCountPoints<Real, weighted>;
+        for (int side = 0; side < count; ++side) {
+          const int64_t chunk = ceil_div(sides[side].points.count, sides[side].chunks);
+          const int64_t tiles = ceil_div(chunk, P * kCountThreads);
+          // As many threads as leave none of a chunk's tiles much emptier than the others.
+          work.threads[side] = static_cast<int>(ceil_div(ceil_div(chunk, P * tiles), 32) * 32);
         }
-        const int64_t groups = ceil_div(directions.count, most);
-        work.group = static_cast<int>(ceil_div(directions.count, groups));
-        const int64_t bytes = work.group * each;
-        const int64_t resident = std::min<int64_t>(2, (gpu.shared_per_block + 1024) /
-                                                          (bytes + 1024));
-        const int64_t blocks = gpu.multiprocessors * resident;
-        const int64_t chunks = std::max<int64_t>(1, blocks / (groups * points.batch));
-        for (int side = 0; side < 2; ++side) {
-          if (work.chunks[side] == 0) continue;
-          const int64_t n = work.side[side].points.count;
-          // At least enough points to be worth a block's zeroing and flushing.
-          work.chunks[side] = std::clamp<int64_t>((chunks * n + all / 2) / all, 1,
-                                                  ceil_div(n, 2 * kCountThreads));
-        }
+        const uint32_t words = padded_bins(work.bins + 1) * (weighted ? 2 : 1);
+        const int64_t bytes = histogram_head<Real, dim>(work.group, work.bins) +
+                              static_cast<int64_t>(work.group) * words * 4;
         auto* kernel = histogram_kernel<Real, dim, weighted>;
         allow_shared_memory(kernel, bytes);
-        const int64_t size = (work.chunks[0] + work.chunks[1]) * groups * points.batch;
-        kernel<<<grid(size), kCountThreads, bytes, stream_of(place)>>>(work);
+        const int64_t blocks = (work.side[0].chunks + work.side[1].chunks) *
+                               ceil_div(directions.count, work.group) * points.batch;
+        kernel<<<grid(blocks), kCountThreads, bytes, stream_of(place)>>>(work);
         check(cudaGetLastError(), "the launch of histogram_kernel");
       };
-      HistogramWork work = {{sides[0], sides[count - 1]},
-                            {1, count - 1},
-                            directions,
-                            ends,
-                            static_cast<uint32_t>(bins),
-                            0,
-                            poison};
-      const bool weighted[2] = {sides[0].weights != nullptr, sides[count - 1].weights != nullptr};
-      if (weighted[0] == weighted[1]) {
-        int64_t all = 0;
-        for (int side = 0; side < count; ++side) all += sides[side].points.count;
-        weighted[0] ? launch(std::true_type(), work, all) : launch(std::false_type(), work, all);
-        return;
-      }
-      for (int side = 0; side < 2; ++side) {
-        work.side[0] = sides[side];
-        work.chunks[0] = 1;
-        work.chunks[1] = 0;
-        const int64_t n = sides[side].points.count;
-        weighted[side] ? launch(std::true_type(), work, n) : launch(std::false_type(), work, n);
+      if (sides[0].weights) {
+        launch(std::true_type());
+      } else {
+        launch(std::false_type());
       }
     });
   });
 }
 
-void sliced_wasserstein_solve(Masses x, Masses y, Directions directions, int64_t dim, Ends ends,
-                              int64_t batch, int64_t bins, int p, const int* poison, void* values,
-                              void* table_x, void* table_y, void* edges, double* workspace,
-                              bool is_double, Place place) {
+void sliced_wasserstein_solve(const SolveArguments& a, Place place) {
   const DeviceGuard guard(place.device);
-  with_real(is_double, [&](auto zero) {
+  with_real(a.is_double, [&](auto zero) {
     using Real = decltype(zero);
-    with_dim(dim, [&](auto d) {
-      const SolveWork<Real> work = {x,
-                                    y,
-                                    static_cast<const Real*>(directions.data),
-                                    directions.count,
-                                    ends,
-                                    bins,
-                                    poison,
-                                    static_cast<Real*>(values),
-                                    static_cast<Real*>(table_x),
-                                    static_cast<Real*>(table_y),
-                                    static_cast<Real*>(edges),
-                                    workspace};
-      auto* kernel = p == 1 ? solve_1_kernel<Real, d> : solve_2_kernel<Real, d>;
-      kernel<<<grid(batch * directions.count), kSolveThreads, 0, stream_of(place)>>>(work);
+    with_dim(a.dim, [&](auto d) {
+      const SolveWork<Real> work = {a.x,
+                                    a.y,
+                                    a.one_y,
+                                    static_cast<const Real*>(a.directions.data),
+                                    a.batch,
+                                    a.directions.count,
+                                    a.ends,
+                                    a.bins,
+                                    static_cast<Real*>(a.values),
+                                    a.scale,
+                                    a.reduce,
+                                    static_cast<Real*>(a.table_x),
+                                    static_cast<Real*>(a.table_y),
+                                    static_cast<Real*>(a.edges),
+                                    a.costs,
+                                    a.finished,
+                                    a.moments};
+      const uint32_t parts = parts_of(static_cast<uint32_t>(a.bins));
+      const unsigned blocks = grid(a.batch * a.directions.count * parts);
+      if (a.p == 1) {
+        solve_1_kernel<Real, d><<<blocks, kSolveThreads, 0, stream_of(place)>>>(work);
+      } else {
+        moments_kernel<Real, d><<<blocks, kSolveThreads, 0, stream_of(place)>>>(work);
+        check(cudaGetLastError(), "the launch of moments_kernel");
+        solve_2_kernel<Real>
+            <<<blocks, kSolveThreads, 2 * parts * sizeof(double), stream_of(place)>>>(work);
+      }
       check(cudaGetLastError(), "the launch of solve_kernel");
     });
   });
 }
 
-void sliced_wasserstein_gather(const void* grad, const Points& points, Directions directions,
-                               const double* weights, double mass, const void* table,
-                               const void* edges, int64_t bins, const Points& out, Place place) {
+void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
   const DeviceGuard guard(place.device);
   const Chip gpu = chip(place.device);
-  with_real(points.format == Format::float64, [&](auto zero) {
+  with_real(a.points.format == Format::float64, [&](auto zero) {
     using Real = decltype(zero);
-    with_dim(points.dim, [&](auto dim) {
+    with_dim(a.points.dim, [&](auto dim) {
       const auto launch = [&](auto per_thread) {
-        const int64_t each = table_pitch<Real, dim>(static_cast<uint32_t>(bins)) * sizeof(Real) +
-                             sizeof(Pull<Real, dim>);
-        const int64_t most = (gpu.shared_per_block - 64) / (2 * each);
-        if (most == 0) {
-          throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
+        const int64_t table = table_pitch<Real>(static_cast<uint32_t>(a.bins)) * sizeof(Real);
+        const int64_t room = gpu.shared_per_block - kPulls * sizeof(Pull<Real, dim>) - 64;
+        const int64_t depth = std::min<int64_t>(kMostDepth, room / table);
+        if (depth < 2) {
+          throw std::invalid_argument(std::to_string(a.bins) + " bins don't fit shared memory");
         }
-        const int64_t stage = std::min(most, directions.count);
-        const int64_t all = ceil_div(points.count * points.batch, per_thread);
+        const int64_t all = ceil_div(a.points.count * a.points.batch, per_thread);
         const int64_t waves = ceil_div(all, gpu.multiprocessors * kGatherThreads);
         // As many threads as give each multiprocessor the same number of points.
         const int64_t threads = ceil_div(ceil_div(all, gpu.multiprocessors * waves), 32) * 32;
-        const int64_t blocks = ceil_div(points.count, threads * per_thread) * points.batch;
-        const GatherWork work = {
-            grad,  points, directions,                  weights,                 mass,
-            table, edges,  static_cast<uint32_t>(bins), static_cast<int>(stage), out};
+        const int64_t blocks = ceil_div(a.points.count, threads * per_thread) * a.points.batch;
+        const GatherWork work = {a.grad,
+                                 {a.grad_stride[0], a.grad_stride[1]},
+                                 a.points,
+                                 a.directions,
+                                 a.weights,
+                                 a.mass,
+                                 a.table,
+                                 a.edges,
+                                 static_cast<uint32_t>(a.bins),
+                                 static_cast<int>(depth),
+                                 a.out};
         auto* kernel = gather_kernel<Real, dim, per_thread>;
-        allow_shared_memory(kernel, 2 * stage * each);
-        kernel<<<grid(blocks), static_cast<unsigned>(threads), 2 * stage * each,
+        allow_shared_memory(kernel, depth * table);
+        kernel<<<grid(blocks), static_cast<unsigned>(threads), depth * table,
                  stream_of(place)>>>(work);
         check(cudaGetLastError(), "the launch of gather_kernel");
       };
-      constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1);
+      constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1), small = large / 4;
       // Few points go to more threads, so that all multiprocessors have some.
-      if (points.count * points.batch >= gpu.multiprocessors * 128 * large) {
+      if (a.points.count * a.points.batch >= gpu.multiprocessors * kGatherThreads * small) {
         launch(std::integral_constant<int, large>());
       } else {
-        launch(std::integral_constant<int, 2>());
+        launch(std::integral_constant<int, small>());
       }
     });
   });

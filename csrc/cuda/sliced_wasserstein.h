@@ -34,45 +34,80 @@ struct Ends {
   double low, high;  // box: of every coordinate
 };
 
-// One side of the problem: its points, their weights (double [batch, count], null for equal ones)
-// and, of each [batch, direction], the mass in each bin: 32-bit counts or, of weighted points,
-// 64-bit multiples of 2^-62. To be zeroed by the caller.
+// What the blocks that count write, of each [batch, direction, chunk]: the mass in each bin
+// [pitch], in counts of 16 or 32 bits or, of weighted points, multiples of 2^-62 in 64; and of
+// each part of 1024 bins the sum.
+struct Histograms {
+  void* masses;
+  unsigned long long* totals;  // [parts]; -1 where a projection was not finite. Null: add masses up
+  int bits;
+  int64_t pitch, chunks;
+};
+
+// Points, their weights, double [batch, count], null if equal, and where their masses go: into so
+// many chunks from the first on.
 struct Side {
   Points points;
   const double* weights;
-  void* histogram;
+  Histograms out;
+  int64_t first_chunk, chunks;
+  int64_t group;  // directions of a block
 };
 
-// Masses of either kind; `total` of counts, 0 where it has to be added up.
-struct Masses {
-  const void* data;
-  bool wide;
-  int64_t total;
-  int64_t batch_stride;  // in histograms: 0 if all batch elements have the same
+// How n points, counted by the same launch as `others`, are to be counted.
+struct HistogramPlan {
+  int64_t chunks, pitch, parts, group;
+  int bits;
 };
+HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, int64_t batch,
+                                      int64_t directions, int64_t bins, bool weighted,
+                                      bool is_double, int device);
 
 // extremes, [batch, directions, 2] unsigned integers of Real's size, zeroed by the caller or
 // holding those of other points, takes up the ends of the projections.
 void sliced_wasserstein_range(const Points* sides, int count, Directions directions,
                               void* extremes, Place place);
 
-// Adds the points of one or two sides to their histograms, and 1 to poison, int32 [batch,
-// directions], where a projection is not finite or a weight is NaN.
+// Counts the points of one or two sides, either both weighted or none. Zeroes `finished`, which
+// may be null.
 void sliced_wasserstein_histogram(const Side* sides, int count, Directions directions, Ends ends,
-                                  int64_t bins, int* poison, Place place);
+                                  int64_t bins, unsigned* finished, Place place);
 
-// From histograms to values, Real [batch, directions], tables, Real [batch, directions, bins]
-// (table_y null if not wanted), and the ends of the bins, Real [batch, directions, 2]. For p = 2
-// workspace is double [2, 2, batch, directions, bins].
-void sliced_wasserstein_solve(Masses x, Masses y, Directions directions, int64_t dim, Ends ends,
-                              int64_t batch, int64_t bins, int p, const int* poison, void* values,
-                              void* table_x, void* table_y, void* edges, double* workspace,
-                              bool is_double, Place place);
+struct SolveArguments {
+  Histograms x, y;
+  bool one_y;  // all batch elements have the same histograms of y
+  Directions directions;
+  int64_t dim;
+  Ends ends;
+  int64_t batch, bins;
+  int p;
+  void* values;  // Real [batch, directions]; or [batch], their sum times scale, with `reduce`
+  bool reduce;
+  double scale;
+  void* table_x;       // Real [batch, directions, bins]
+  void* table_y;       // likewise, or null
+  void* edges;         // Real [batch, directions, 2]
+  double* costs;       // workspace [batch, directions, parts]
+  unsigned* finished;  // workspace [1], zeroed by the launch that counted
+  double* moments;     // workspace [2, batch, directions, 2 bins + parts]; for p = 2
+  bool is_double;
+};
+void sliced_wasserstein_solve(const SolveArguments& arguments, Place place);
 
-// The gradient to points [batch, count, dim], from that of the values, Real [batch, directions],
-// times `mass` and, where there are any, the weights. `out` may be the points.
-void sliced_wasserstein_gather(const void* grad, const Points& points, Directions directions,
-                               const double* weights, double mass, const void* table,
-                               const void* edges, int64_t bins, const Points& out, Place place);
+// The gradient to points [batch, count, dim], times `mass` and the weights, if there are any, from
+// that of the values. `out` may be the points.
+struct GatherArguments {
+  const void* grad;  // Real, of b and l at b * grad_stride[0] + l * grad_stride[1]
+  int64_t grad_stride[2];
+  Points points;
+  Directions directions;
+  const double* weights;
+  double mass;
+  const void* table;  // Real [batch, directions, bins]
+  const void* edges;  // Real [batch, directions, 2]
+  int64_t bins;
+  Points out;
+};
+void sliced_wasserstein_gather(const GatherArguments& arguments, Place place);
 
 }  // namespace sdcore

@@ -122,19 +122,14 @@ def sliced_wasserstein(
     y = y.to(dtype).expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
     directions = directions.to(compute_dtype(dtype))
 
+    scale = {"mean": 1 / directions.shape[0], "sum": 1.0, "none": None}[reduction]
     if method == "binned":
-        values = _binned(x, y, directions, weights_x, weights_y, p, bins, value_range)[0]
+        values = _binned(x, y, directions, weights_x, weights_y, p, bins, value_range, scale)[0]
     else:
         track = torch.is_grad_enabled()
-        reduce = reduction != "none"
         need_x, need_y = track and x.requires_grad, track and y.requires_grad
-        values = _exact(x, y, directions, weights_x, weights_y, p, reduce, need_x, need_y)[0]
-        if reduce:
-            count = directions.shape[0] if reduction == "mean" else 1
-            return (values / count).reshape(batch)
-    if reduction == "none":
-        return values.reshape(*batch, -1)
-    return (values.mean(-1) if reduction == "mean" else values.sum(-1)).reshape(batch)
+        values = _exact(x, y, directions, weights_x, weights_y, p, scale, need_x, need_y)[0]
+    return values.reshape(*batch, -1) if scale is None else values.reshape(batch)
 
 
 def reference(
@@ -363,7 +358,8 @@ def _normalized_weights(
 
 
 # The flat ops. x [B, n, d] and y [B, m, d] have one dtype and any strides; directions [L, d] are
-# float32 or float64 (the compute dtype); weights are float64 [B, n], normalized or NaN.
+# float32 or float64 (the compute dtype); weights are float64 [B, n], normalized or NaN. With
+# `scale`, values are summed over directions and scaled, [B]; without, they are [B, L].
 
 
 def _fake_binned(
@@ -375,22 +371,24 @@ def _fake_binned(
     p: int,
     bins: int,
     value_range: list[float] | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], directions.shape[0])
     return (
-        directions.new_empty(shape),
+        directions.new_empty(shape if scale is None else shape[:1]),
         directions.new_empty(*shape, bins),
         directions.new_empty(*shape, bins),
         directions.new_empty(*shape, 2),
     )
 
 
-# Returns the values [B, L]; for x and for y the table [B, L, bins] of the derivative of the value
+# Returns the values; for x and for y the table [B, L, bins] of the derivative of the value
 # to a projection in that bin, per unit of weight; and the bounds [B, L, 2] of the bins. Every
 # backend fills these alike, so any backend's backward can read any other's tables.
 _binned = registration.define(
     "sliced_wasserstein_binned(Tensor x, Tensor y, Tensor directions, Tensor? weights_x, "
-    "Tensor? weights_y, int p, int bins, float[]? value_range) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? weights_y, int p, int bins, float[]? value_range, float? scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_binned,
 )
 
@@ -402,20 +400,21 @@ def _fake_binned_backward(
     weights: Tensor | None,
     table: Tensor,
     edges: Tensor,
+    scale: float | None,
 ) -> Tensor:
     return torch.empty_like(points)
 
 
-# The gradient to one side's points, given that of the values [B, L] and that side's table.
+# The gradient to one side's points, given that of the values and that side's table.
 _binned_backward = registration.define(
     "sliced_wasserstein_binned_backward(Tensor grad, Tensor points, Tensor directions, "
-    "Tensor? weights, Tensor table, Tensor edges) -> Tensor",
+    "Tensor? weights, Tensor table, Tensor edges, float? scale) -> Tensor",
     _fake_binned_backward,
 )
 
 
 def _save_binned(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, directions, weights_x, weights_y, *_ = inputs
+    x, y, directions, weights_x, weights_y, *_, ctx.scale = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, y, directions, weights_x, weights_y, *output[1:])
 
@@ -424,10 +423,10 @@ def _differentiate_binned(ctx: Any, grad: Tensor, *_: Any) -> Any:
     x, y, directions, weights_x, weights_y, table_x, table_y, edges = ctx.saved_tensors
     grad_x = grad_y = None
     if ctx.needs_input_grad[0]:
-        grad_x = _binned_backward(grad, x, directions, weights_x, table_x, edges)
+        grad_x = _binned_backward(grad, x, directions, weights_x, table_x, edges, ctx.scale)
     if ctx.needs_input_grad[1]:
-        grad_y = _binned_backward(grad, y, directions, weights_y, table_y, edges)
-    return grad_x, grad_y, None, None, None, None, None, None
+        grad_y = _binned_backward(grad, y, directions, weights_y, table_y, edges, ctx.scale)
+    return grad_x, grad_y, None, None, None, None, None, None, None
 
 
 registration.gradient(_binned, _differentiate_binned, _save_binned)
@@ -441,10 +440,11 @@ def _fake_exact(
     weights_x: Tensor | None,
     weights_y: Tensor | None,
     p: int,
-    reduce: bool,
+    scale: float | None,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    reduce = scale is not None
     shape = (x.shape[0],) if reduce else (x.shape[0], directions.shape[0])
     return (
         directions.new_empty(shape),
@@ -453,12 +453,13 @@ def _fake_exact(
     )
 
 
-# With `reduce`, the value is summed over directions, [B], and the sorting that it took also gives
-# the gradients (float32 or float64, [B, n, d]) where they are needed, empty where not. Without,
-# the value is [B, L] and the gradient would take memory L·n: the backward sorts again instead.
+# With `scale`, the sorting that the value took also gives the gradients (float32 or float64,
+# [B, n, d]) where they are needed, empty where not. Without, the gradient would take memory L·n:
+# the backward sorts again instead.
 _exact = registration.define(
     "sliced_wasserstein_exact(Tensor x, Tensor y, Tensor directions, Tensor? weights_x, "
-    "Tensor? weights_y, int p, bool reduce, bool need_x, bool need_y) -> (Tensor, Tensor, Tensor)",
+    "Tensor? weights_y, int p, float? scale, bool need_x, bool need_y) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_exact,
 )
 
@@ -502,8 +503,8 @@ _exact_scale = registration.define(
 
 
 def _save_exact(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, p, reduce, need_x, need_y = inputs
-    ctx.p, ctx.reduce = p, reduce
+    *tensors, ctx.p, ctx.scale, need_x, need_y = inputs
+    reduce = ctx.scale is not None
     ctx.kept = reduce and need_x, reduce and need_y
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
@@ -518,12 +519,19 @@ def _differentiate_exact(ctx: Any, grad: Tensor, *_: Any) -> Any:
             if needed[side]:
                 grads[side] = _exact_scale(grad, kept[side], points)
     else:
-        per_direction = grad[:, None].expand(-1, directions.shape[0]) if ctx.reduce else grad
-        found = _exact_backward(
-            per_direction, x, y, directions, weights_x, weights_y, ctx.p, *needed
-        )
+        grad = _per_direction(grad, ctx.scale, directions)
+        found = _exact_backward(grad, x, y, directions, weights_x, weights_y, ctx.p, *needed)
         grads = [found[side].to(x.dtype) if needed[side] else None for side in (0, 1)]
     return *grads, None, None, None, None, None, None, None
+
+
+def _per_direction(grad: Tensor, scale: float | None, directions: Tensor) -> Tensor:
+    """The gradient of each direction's value, [B, L], from that of the values as returned."""
+    return grad if scale is None else (grad * scale)[:, None].expand(-1, directions.shape[0])
+
+
+def _reduced(values: Tensor, scale: float | None) -> Tensor:
+    return values if scale is None else values.sum(-1) * scale
 
 
 registration.gradient(_exact, _differentiate_exact, _save_exact)
@@ -577,33 +585,45 @@ def _binned_plain(
     p: int,
     bins: int,
     value_range: list[float] | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_weights(weights_x, weights_y)
     with torch.autocast(x.device.type, enabled=False):
         px, py = project(x, directions), project(y, directions)
     low, high = bounds(px, py, directions, value_range)
-    mass_x = _histogram(px, weights_x, low, high, bins)
-    mass_y = _histogram(py, weights_y, low, high, bins)
-    centers = bin_centers(torch.arange(bins, device=x.device), low, high, bins)
+    mass_x = _mass_of_bins(px, weights_x, low, high, bins)
+    mass_y = _mass_of_bins(py, weights_y, low, high, bins)
+    values, *tables = _between_histograms(mass_x, mass_y, low, high, p)
+    return _reduced(values, scale), *tables, torch.cat([low, high], -1)
+
+
+def _between_histograms(
+    mass_x: Tensor, mass_y: Tensor, low: Tensor, high: Tensor, p: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [B, L] and both tables, of masses [B, L, bins]; NaN where a mass is."""
+    bins = mass_x.shape[-1]
+    centers = bin_centers(torch.arange(bins, device=low.device), low, high, bins)
     values, slope_x, slope_y = _transport(centers, mass_x, centers, mass_y, p)
-    poison = nan_unless_finite(px, py, mass_x, mass_y)
+    poison = nan_unless_finite(mass_x, mass_y).to(values.dtype)
     tables = [
         torch.where(mass > 0, slope * mass.sum(-1, keepdim=True) / mass, 0).to(slope.dtype)
         * poison[..., None]
         for slope, mass in ((slope_x, mass_x), (slope_y, mass_y))
     ]
-    return values * poison, *tables, torch.cat([low, high], -1)
+    return values * poison, *tables
 
 
-def _histogram(
+def _mass_of_bins(
     projections: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, bins: int
 ) -> Tensor:
+    """[B, L, bins], float64; NaN throughout where a projection is not finite or a weight NaN."""
     index = bin_index(projections, low, high, bins)
     mass = torch.ones_like(projections, dtype=torch.float64)
     if weights is not None:
         # Integers add up alike in any order; float64 holds those below 2^53 exactly.
         mass = (weights * 2.0**52).round()[:, None, :].expand(projections.shape)
-    return mass.new_zeros(*projections.shape[:2], bins).scatter_add(-1, index, mass)
+    masses = mass.new_zeros(*projections.shape[:2], bins).scatter_add(-1, index, mass)
+    return masses * nan_unless_finite(projections, mass).double()[..., None]
 
 
 @backends.register("sliced_wasserstein_binned_backward", "reference")
@@ -614,7 +634,9 @@ def _binned_backward_plain(
     weights: Tensor | None,
     table: Tensor,
     edges: Tensor,
+    scale: float | None,
 ) -> Tensor:
+    grad = _per_direction(grad, scale, directions)
     with torch.autocast(points.device.type, enabled=False):
         projections = project(points, directions)
         index = bin_index(projections, edges[..., :1], edges[..., 1:], table.shape[-1])
@@ -642,16 +664,16 @@ def _exact_plain(
     weights_x: Tensor | None,
     weights_y: Tensor | None,
     p: int,
-    reduce: bool,
+    scale: float | None,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, slope_x, slope_y = _exact_slopes(x, y, directions, weights_x, weights_y, p)
     none = directions.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
-        grad_x = slope_x.mT @ directions if reduce and need_x else none
-        grad_y = slope_y.mT @ directions if reduce and need_y else none.clone()
-    return values.sum(-1) if reduce else values, grad_x, grad_y
+        grad_x = (slope_x * scale).mT @ directions if scale is not None and need_x else none
+        grad_y = (slope_y * scale).mT @ directions if scale is not None and need_y else none.clone()
+    return _reduced(values, scale), grad_x, grad_y
 
 
 @backends.register("sliced_wasserstein_exact_backward", "reference")
@@ -726,9 +748,10 @@ def _binned_cpp(
     p: int,
     bins: int,
     value_range: list[float] | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_weights(weights_x, weights_y)
-    outputs = _fake_binned(x, y, directions, weights_x, weights_y, p, bins, value_range)
+    outputs = _fake_binned(x, y, directions, weights_x, weights_y, p, bins, value_range, None)
     directions = directions.contiguous()
     weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
     if x.shape[0]:
@@ -745,7 +768,7 @@ def _binned_cpp(
             *(output.data_ptr() for output in outputs),
             torch.get_num_threads(),
         )
-    return outputs
+    return _reduced(outputs[0], scale), *outputs[1:]
 
 
 @backends.register("sliced_wasserstein_binned_backward", "cpp")
@@ -756,9 +779,11 @@ def _binned_backward_cpp(
     weights: Tensor | None,
     table: Tensor,
     edges: Tensor,
+    scale: float | None,
 ) -> Tensor:
     out = torch.empty_like(points)
-    grad, directions = grad.contiguous(), directions.contiguous()
+    grad = _per_direction(grad, scale, directions).contiguous()
+    directions = directions.contiguous()
     table, edges, weights = table.contiguous(), edges.contiguous(), _contiguous(weights)
     if points.shape[0]:
         backends.cpu_module().sliced_wasserstein_binned_backward(
@@ -784,15 +809,19 @@ def _exact_cpp(
     weights_x: Tensor | None,
     weights_y: Tensor | None,
     p: int,
-    reduce: bool,
+    scale: float | None,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_y = need_x and reduce, need_y and reduce
+    grad = None
+    if scale is None:
+        need_x = need_y = False
+    else:
+        grad = directions.new_full((x.shape[0], directions.shape[0]), scale)
     values, grad_x, grad_y = _sort_cpp(
-        None, x, y, directions, weights_x, weights_y, p, need_x, need_y
+        grad, x, y, directions, weights_x, weights_y, p, need_x, need_y
     )
-    return values.sum(-1) if reduce else values, grad_x, grad_y
+    return _reduced(values, scale), grad_x, grad_y
 
 
 @backends.register("sliced_wasserstein_exact_backward", "cpp")
@@ -856,15 +885,20 @@ def _sort_cpp(
 def _binned_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
+    *others, scale = args
     _check_weights(args[3], args[4])
-    return kernels.binned(*args)
+    values, table_x, table_y, edges = kernels.binned(*others)
+    return _reduced(values, scale), table_x, table_y, edges
 
 
 @backends.register("sliced_wasserstein_binned_backward", "triton")
-def _binned_backward_triton(*args: Any) -> Tensor:
+def _binned_backward_triton(grad: Tensor, points: Tensor, directions: Tensor, *args: Any) -> Tensor:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
-    return kernels.binned_backward(*args)
+    *others, scale = args
+    return kernels.binned_backward(
+        _per_direction(grad, scale, directions), points, directions, *others
+    )
 
 
 # CUDA.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from sdcore import backends
 # batch element becomes a batch element of one coordinate.
 MOST_COORDINATES = 4
 PROJECTIONS_AT_ONCE = 1 << 24
+PART = 1024  # bins whose cost one block adds up
 
-Described = tuple[int, str, tuple[int, ...], tuple[int, ...]]
 
-
-def described(points: Tensor) -> Described:
+def described(points: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
     return (
         points.data_ptr(),
         str(points.dtype).removeprefix("torch."),
@@ -45,7 +44,7 @@ def place(tensor: Tensor) -> tuple[int, int]:
 @functools.cache
 def most_bins(device: int) -> int:
     """One direction's histogram of weighted points, 8 bytes a bin, must fit shared memory."""
-    return int(backends.cuda_module().devices()[device]["shared_memory_per_block"]) // 8 - 64
+    return int(backends.cuda_module().devices()[device]["shared_memory_per_block"]) // 8 - 512
 
 
 def refuses_bins(bins: int, device: torch.device) -> str | None:
@@ -62,10 +61,13 @@ def binned(
     p: int,
     bins: int,
     value_range: list[float] | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [B, L], tables [B, L, bins] of x and y, edges [B, L, 2], as the op defines them."""
-    work = _Work([x, y], directions, [weights_x, weights_y], bins, value_range)
-    return work.solve(work.masses(0), work.masses(1), p, table_y=True)
+    """Values, tables [B, L, bins] of x and y, edges [B, L, 2], as the op defines them."""
+    sides = [_Side(x, weights_x), _Side(y, weights_y)]
+    problem = _Problem(sides, directions.contiguous(), bins, value_range)
+    first, second = problem.histograms()
+    return problem.solve(first, second, False, p, scale, table_y=True)
 
 
 def binned_to(
@@ -75,13 +77,16 @@ def binned_to(
     weights_x: Tensor | None,
     p: int,
     value_range: list[float],
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same against a histogram [B or 1, L, bins] of y; without a table for y."""
     histogram_y = histogram_y.contiguous()
-    work = _Work([x], directions, [weights_x], histogram_y.shape[-1], value_range)
-    step = directions.shape[0] if histogram_y.shape[0] > 1 else 0
-    masses_y = histogram_y.data_ptr(), True, 0, step
-    values, table, _, edges = work.solve(work.masses(0), masses_y, p, table_y=False)
+    bins = histogram_y.shape[-1]
+    problem = _Problem([_Side(x, weights_x)], directions.contiguous(), bins, value_range)
+    one_y = histogram_y.shape[0] == 1
+    (found,) = problem.histograms()
+    known = _Histograms(histogram_y, None, 64, bins, 1)
+    values, table, _, edges = problem.solve(found, known, one_y, p, scale, table_y=False)
     return values, table, edges
 
 
@@ -93,9 +98,15 @@ def histogram(
     value_range: list[float],
 ) -> Tensor:
     """Masses [B, L, bins], int64; -1 throughout where a projection is not finite."""
-    work = _Work([points], directions, [weights], bins, value_range)
-    found = work.histograms[0].view(points.shape[0], -1, bins)
-    return torch.where(work.poison.view(points.shape[0], -1, 1) != 0, -1, found.long())
+    batch = points.shape[0]
+    problem = _Problem([_Side(points, weights)], directions.contiguous(), bins, value_range)
+    (found,) = problem.histograms()
+    shape = (batch, directions.shape[0], found.chunks)
+    masses = found.masses.view(*shape, found.pitch)[..., :bins]
+    if found.bits == 16:  # torch sums no unsigned integers
+        masses = masses.int() & 0xFFFF
+    bad = (found.totals == -1).view(batch, directions.shape[0], -1).any(-1, keepdim=True)
+    return torch.where(bad, -1, masses.sum(2, dtype=torch.int64))
 
 
 def gather(
@@ -105,22 +116,28 @@ def gather(
     weights: Tensor | None,
     table: Tensor,
     edges: Tensor,
+    scale: float | None,
 ) -> Tensor:
     """The gradient to ``points``, in their dtype and, where dense, their strides."""
     out = torch.empty_like(points)
     batch, n, d = points.shape
     if batch == 0:
         return out
-    grad, directions = grad.contiguous(), directions.contiguous()
-    table, edges = table.contiguous(), edges.contiguous()
+    directions, table, edges = directions.contiguous(), table.contiguous(), edges.contiguous()
     weights = None if weights is None else weights.contiguous()
+    few = d <= MOST_COORDINATES
+    mass = (1 / n if weights is None else 1.0) * (1.0 if scale is None else scale)
+    if not few:
+        grad = (grad if scale is None else grad[:, None].expand(-1, len(directions))).contiguous()
+    strides = (grad.stride(0), 0 if grad.dim() == 1 else grad.stride(1)) if few else (1, 0)
 
-    def launch(points: Tensor, directions: Tensor, weights: int, mass: float, out: Tensor) -> None:
+    def launch(points: Tensor, directions: Tensor, weights: Tensor | None, out: Tensor) -> None:
         backends.cuda_module().sliced_wasserstein_gather(
             grad.data_ptr(),
+            strides,
             described(points),
             (directions.data_ptr(), directions.shape[0]),
-            weights,
+            address(weights),
             mass,
             table.data_ptr(),
             edges.data_ptr(),
@@ -129,139 +146,191 @@ def gather(
             place(points),
         )
 
-    if d <= MOST_COORDINATES:
-        mass = 1 / n if weights is None else 1.0
-        launch(points, directions, address(weights), mass, out)
+    if few:
+        launch(points, directions, weights, out)
         return out
+    one = _one(directions)
     for first, slopes in _projected(points, directions):
-        launch(slopes, _one(directions), 0, 1.0, slopes)
+        launch(slopes, one, None, slopes)
         count = slopes.shape[1]
         pulled = slopes.view(batch, -1, count).mT @ directions
-        mass = 1 / n if weights is None else weights[:, first : first + count, None]
-        out[:, first : first + count] = pulled * mass
+        if weights is not None:
+            pulled *= weights[:, first : first + count, None]
+        out[:, first : first + count] = pulled
     return out
 
 
-class _Work:
-    """The histograms of one or two sides over common bins, and the memory they are in."""
+class _Side(NamedTuple):
+    points: Tensor
+    weights: Tensor | None
+
+
+class _Histograms(NamedTuple):
+    """What was counted, [B, L, chunks, pitch], and the sum of each part, [B, L, chunks, parts]."""
+
+    masses: Tensor
+    totals: Tensor | None
+    bits: int
+    pitch: int
+    chunks: int
+
+    def described(self) -> tuple[int, int, int, int, int]:
+        return (
+            self.masses.data_ptr(),
+            address(self.totals),
+            self.bits,
+            self.pitch,
+            self.chunks,
+        )
+
+
+class _Problem:
+    """One or two sides over common bins."""
 
     def __init__(
         self,
-        sides: list[Tensor],
+        sides: list[_Side],
         directions: Tensor,
-        weights: list[Tensor | None],
         bins: int,
         value_range: list[float] | None,
     ) -> None:
-        self.sides, self.directions, self.bins = sides, directions.contiguous(), bins
-        self.weights = [None if w is None else w.contiguous() for w in weights]
-        self.batch, self.count = sides[0].shape[0], directions.shape[0]
-        problems = self.batch * self.count
-        words = [problems * bins * (1 if w is None else 2) for w in weights]
-        words += [problems, 2 * problems * directions.element_size() // 4]
-        # One piece of memory, so that one launch zeroes it.
-        work = torch.zeros(
-            sum(-(-size // 2) for size in words), dtype=torch.int64, device=sides[0].device
-        )
-        pieces, first = [], 0
-        for size in words:
-            pieces.append(work[first : first + -(-size // 2)].view(torch.int32)[:size])
-            first += -(-size // 2)
-        *histograms, self.poison, extremes = pieces
-        self.histograms = [
-            h if w is None else h.view(torch.int64)
-            for h, w in zip(histograms, weights, strict=True)
+        self.sides = [
+            _Side(s.points, None if s.weights is None else s.weights.contiguous()) for s in sides
         ]
-        if self.batch:
-            self.ends = self._ends(extremes, value_range)
-            self._count()
+        self.directions, self.bins = directions, bins
+        self.batch, self.count = sides[0].points.shape[0], directions.shape[0]
+        self.few = sides[0].points.shape[-1] <= MOST_COORDINATES
+        # With it the blocks that solve know the last of them.
+        self.finished = torch.empty(1, dtype=torch.int32, device=directions.device)
+        self.ends = self._ends(value_range)
 
-    def _ends(self, extremes: Tensor, value_range: list[float] | None) -> tuple[Any, ...]:
+    def _ends(self, value_range: list[float] | None) -> tuple[str, int, float, float]:
         """Where bins begin and end, as the kernels take it."""
-        few = self.sides[0].shape[-1] <= MOST_COORDINATES
         if value_range is not None:
-            if few:
+            if self.few:
                 return "box", 0, *value_range
-            self._given = _edges_of_box(self.directions, value_range, self.batch)
-            return "given", self._given.data_ptr(), 0.0, 0.0
-        range = backends.cuda_module().sliced_wasserstein_range
-        if few:
-            sides = [described(points) for points in self.sides]
-            range(sides, self._described(), extremes.data_ptr(), place(extremes))
-        else:
-            for points in self.sides:
-                for _, part in _projected(points, self.directions):
-                    one = _one(self.directions)
-                    range([described(part)], (one.data_ptr(), 1), extremes.data_ptr(), place(part))
-        self._extremes = extremes
+            self._held = _edges_of_box(self.directions, value_range, self.batch)
+            return "given", self._held.data_ptr(), 0.0, 0.0
+        kind = torch.int64 if self.directions.dtype == torch.float64 else torch.int32
+        extremes = self.directions.new_zeros(self.batch, self.count, 2, dtype=kind)
+        module = backends.cuda_module()
+        if self.batch and self.few:
+            points = [described(side.points) for side in self.sides]
+            module.sliced_wasserstein_range(
+                points, self._directions(), extremes.data_ptr(), place(extremes)
+            )
+        elif self.batch:
+            one = _one(self.directions)
+            for side in self.sides:
+                for _, part in _projected(side.points, self.directions):
+                    module.sliced_wasserstein_range(
+                        [described(part)], (one.data_ptr(), 1), extremes.data_ptr(), place(part)
+                    )
+        self._held = extremes
         return "found", extremes.data_ptr(), 0.0, 0.0
 
-    def _count(self) -> None:
-        count = backends.cuda_module().sliced_wasserstein_histogram
-        addresses = [h.data_ptr() for h in self.histograms]
-        if self.sides[0].shape[-1] <= MOST_COORDINATES:
-            described_sides = [
-                (described(points), address(weights), histogram)
-                for points, weights, histogram in zip(
-                    self.sides, self.weights, addresses, strict=True
-                )
-            ]
-            count(
-                described_sides, self._described(), self.ends, self.bins,
-                self.poison.data_ptr(), place(self.poison),
-            )  # fmt: skip
-            return
-        one = _one(self.directions)
-        for points, weights, histogram in zip(self.sides, self.weights, addresses, strict=True):
-            for first, part in _projected(points, self.directions):
-                some = None
-                if weights is not None:
-                    some = weights[:, first : first + part.shape[1]]
-                    some = some.repeat_interleave(self.count, 0)
-                count(
-                    [(described(part), address(some), histogram)], (one.data_ptr(), 1), self.ends,
-                    self.bins, self.poison.data_ptr(), place(part),
-                )  # fmt: skip
-
-    def _described(self) -> tuple[int, int]:
+    def _directions(self) -> tuple[int, int]:
         return self.directions.data_ptr(), self.count
 
-    def masses(self, side: int) -> tuple[int, bool, int, int]:
-        """A side's histogram for ``solve``. Of counts the sum is known."""
-        wide = self.weights[side] is not None
-        total = 0 if wide else self.sides[side].shape[1]
-        return self.histograms[side].data_ptr(), wide, total, self.count
+    def histograms(self) -> list[_Histograms]:
+        """Each side counted, in one launch if both can be."""
+        if not self.batch:
+            return [_Histograms(self.finished, None, 32, 0, 0) for _ in self.sides]
+        weighted = {side.weights is not None for side in self.sides}
+        if self.few and len(weighted) == 1:
+            return self._count_together(self.sides)
+        if self.few:
+            return [self._count_together([side])[0] for side in self.sides]
+        return [self._count_projected(side) for side in self.sides]
+
+    def _count_together(self, sides: list[_Side]) -> list[_Histograms]:
+        found, arguments = [], []
+        everyone = sum(side.points.shape[1] for side in sides)
+        for side in sides:
+            n, d = side.points.shape[1:]
+            plan = self._plan(n, everyone - n, d, self.batch, self.count, side.weights)
+            histograms = self._allocate(plan, plan.chunks)
+            found.append(histograms)
+            arguments.append(
+                (described(side.points), address(side.weights), histograms.described(), 0)
+                + (plan.chunks, plan.group)
+            )
+        self._launch(arguments, self._directions())
+        return found
+
+    def _count_projected(self, side: _Side) -> _Histograms:
+        n, problems = side.points.shape[1], self.batch * self.count
+        sizes = _sizes(n, problems)
+        plans = [self._plan(size, 0, 1, problems, 1, side.weights) for size in sizes]
+        histograms = self._allocate(plans[0], sum(plan.chunks for plan in plans))
+        one, chunk = _one(self.directions), 0
+        for (first, part), plan in zip(
+            _projected(side.points, self.directions), plans, strict=True
+        ):
+            weights = None
+            if side.weights is not None:
+                weights = side.weights[:, first : first + part.shape[1]]
+                weights = weights.repeat_interleave(self.count, 0)
+            argument = (described(part), address(weights), histograms.described(), chunk)
+            self._launch([(*argument, plan.chunks, plan.group)], (one.data_ptr(), 1))
+            chunk += plan.chunks
+        return histograms
+
+    def _plan(
+        self, n: int, others: int, d: int, batch: int, count: int, weights: Tensor | None
+    ) -> _Plan:
+        double, index = self.directions.dtype == torch.float64, self.directions.device.index
+        weighted = weights is not None
+        plan = backends.cuda_module().sliced_wasserstein_plan
+        return _Plan(*plan(n, others, d, batch, count, self.bins, weighted, double, index))
+
+    def _allocate(self, plan: _Plan, chunks: int) -> _Histograms:
+        kind = {16: torch.int16, 32: torch.int32, 64: torch.int64}[plan.bits]
+        rows = self.batch * self.count * chunks
+        masses = self.directions.new_empty(rows, plan.pitch, dtype=kind)
+        totals = self.directions.new_empty(rows, plan.parts, dtype=torch.int64)
+        return _Histograms(masses, totals, plan.bits, plan.pitch, chunks)
+
+    def _launch(self, sides: list[Any], directions: tuple[int, int]) -> None:
+        backends.cuda_module().sliced_wasserstein_histogram(
+            sides, directions, self.ends, self.bins, self.finished.data_ptr(), place(self.finished)
+        )
 
     def solve(
         self,
-        x: tuple[int, bool, int, int],
-        y: tuple[int, bool, int, int],
+        x: _Histograms,
+        y: _Histograms,
+        one_y: bool,
         p: int,
+        scale: float | None,
         table_y: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         directions, batch, count, bins = self.directions, self.batch, self.count, self.bins
-        values = directions.new_empty(batch, count)
+        values = directions.new_empty((batch, count) if scale is None else (batch,))
         tables = [directions.new_empty(batch, count, bins) for _ in range(1 + table_y)]
         edges = directions.new_empty(batch, count, 2)
         if batch:
-            moments = None
-            if p == 2:
-                moments = directions.new_empty(4, batch, count, bins, dtype=torch.float64)
-            dim = self.sides[0].shape[-1]
+            parts = -(-bins // PART)
+            double = {"dtype": torch.float64, "device": directions.device}
+            costs = torch.empty(batch, count, parts, **double)
+            moments = torch.empty(2, batch, count, 2 * bins + parts, **double) if p == 2 else None
             backends.cuda_module().sliced_wasserstein_solve(
-                x,
-                y,
-                self._described(),
-                dim if dim <= MOST_COORDINATES else 1,
+                x.described(),
+                y.described(),
+                one_y,
+                self._directions(),
+                self.sides[0].points.shape[-1] if self.few else 1,
                 self.ends,
                 batch,
                 bins,
                 p,
-                self.poison.data_ptr(),
                 values.data_ptr(),
+                scale,
                 tables[0].data_ptr(),
                 tables[1].data_ptr() if table_y else 0,
                 edges.data_ptr(),
+                costs.data_ptr(),
+                self.finished.data_ptr(),
                 address(moments),
                 directions.dtype == torch.float64,
                 place(directions),
@@ -269,15 +338,29 @@ class _Work:
         return values, tables[0], tables[-1], edges
 
 
+class _Plan(NamedTuple):
+    chunks: int
+    pitch: int
+    parts: int
+    group: int
+    bits: int
+
+
+def _sizes(n: int, problems: int) -> list[int]:
+    some = max(1, PROJECTIONS_AT_ONCE // problems)
+    return [min(some, n - first) for first in range(0, n, some)]
+
+
 def _projected(points: Tensor, directions: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Projections [B·L, some, 1] of consecutive points, and the number of the first of them."""
     batch, n, _ = points.shape
-    some = max(1, PROJECTIONS_AT_ONCE // (batch * directions.shape[0]))
-    for first in range(0, n, some):
-        part = points[:, first : first + some].to(directions.dtype)
+    first = 0
+    for size in _sizes(n, batch * directions.shape[0]):
+        part = points[:, first : first + size].to(directions.dtype)
         with torch.autocast("cuda", enabled=False):
             projections = (directions @ part.mT).contiguous()
-        yield first, projections.view(-1, projections.shape[-1], 1)
+        yield first, projections.view(-1, size, 1)
+        first += size
 
 
 def _one(directions: Tensor) -> Tensor:

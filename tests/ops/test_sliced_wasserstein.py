@@ -575,20 +575,20 @@ def test_opcheck(platform: Platform, method: str, p: int) -> None:
     with platform.forced():
         if method == "binned":
             torch.library.opcheck(
-                ops.sliced_wasserstein_binned, (*grown, directions, weights, None, p, 8, None)
+                ops.sliced_wasserstein_binned, (*grown, directions, weights, None, p, 8, None, 0.5)
             )
             _, table, _, edges = ops.sliced_wasserstein_binned(
-                x, y, directions, weights, None, p, 8, [0.0, 1.0]
+                x, y, directions, weights, None, p, 8, [0.0, 1.0], None
             )
             torch.library.opcheck(
                 ops.sliced_wasserstein_binned_backward,
-                (grad, x, directions, weights, table, edges),
+                (grad, x, directions, weights, table, edges, None),
             )
             return
-        for reduce in (True, False):
+        for scale in (0.5, None):
             torch.library.opcheck(
                 ops.sliced_wasserstein_exact,
-                (*grown, directions, weights, None, p, reduce, True, True),
+                (*grown, directions, weights, None, p, scale, True, True),
             )
         torch.library.opcheck(
             ops.sliced_wasserstein_exact_backward,
