@@ -132,6 +132,24 @@ void gather(Address grad, std::array<int64_t, 2> grad_stride, const PointsArgume
   sdcore::sliced_wasserstein_gather(arguments, to_place(place));
 }
 
+py::list architectures() {
+  py::list list;
+  for (const int architecture : {SDCORE_CUDA_ARCHS}) list.append(architecture);
+  return list;
+}
+
+py::list devices() {
+  py::list list;
+  for (const sdcore::Device& device : sdcore::devices()) {
+    list.append(py::dict("name"_a = device.name,
+                         "compute_capability"_a = py::make_tuple(device.major, device.minor),
+                         "multiprocessors"_a = device.multiprocessors,
+                         "shared_memory_per_block"_a = device.shared_memory_per_block,
+                         "l2_bytes"_a = device.l2_bytes, "memory_bytes"_a = device.memory_bytes));
+  }
+  return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
