@@ -20,7 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image, ImageCms
+    from PIL import Image
 
 # How many colors __repr__ names.
 NAMED = 3
@@ -79,8 +79,8 @@ class Palette:
                   one, values are taken as sRGB, and CMYK is converted by formula. Alpha, also
                   that of indexed images, is weight: a transparent pixel counts for nothing, a half
                   transparent one for half a pixel. Gray is repeated for each channel, and keeps
-                  16 bits where it has them, unless a profile is applied. Of several frames, the
-                  current one, which in a file is the first.
+                  16 bits where it has them. Of several frames, the current one, which in a file
+                  is the first.
                 - a NumPy array, [H, W], [H, W, 3] or [H, W, 4], the fourth channel being alpha:
                   uint8 or uint16, of which 255 and 65535 mean 1, or floating-point in [0, 1].
                 - a tensor of these dtypes, on any device, in these shapes or in PyTorch's order,
@@ -371,28 +371,29 @@ def _tensor_pixels(image: Tensor, planar: bool) -> tuple[Tensor, Tensor | None]:
 
 def _picture_pixels(image: Image.Image, name: str) -> tuple[Tensor, Tensor | None]:
     import numpy as np
-    from PIL import Image
 
     from sdcore import images
 
     alpha = None
     levels = images.gray_levels(image)
-    if levels is not None:
-        if "transparency" in image.info:
-            alpha = torch.from_numpy(levels != image.info["transparency"]).double()
-        if not image.info.get("icc_profile"):
-            return torch.from_numpy(levels)[..., None].expand(-1, -1, 3), alpha
-        # The one mode of those with 16 bits that profiles apply to.
-        opaque = Image.fromarray(levels)
-    elif _is_transparent(image):
-        layers = image.convert("RGBA")
-        alpha = _unit(torch.from_numpy(np.array(layers.getchannel("A"))))
-        opaque = layers.convert("RGB")
-    else:
+    if levels is None:
         opaque = image
+        if _is_transparent(image):
+            layers = image.convert("RGBA")
+            alpha = _unit(torch.from_numpy(np.array(layers.getchannel("A"))))
+            opaque = layers.convert("RGB")
+        if image.mode in ("1", "L", "LA"):
+            levels = np.array(opaque.convert("L"))
+    elif "transparency" in image.info:
+        alpha = torch.from_numpy(levels != image.info["transparency"]).double()
+
     profile = image.info.get("icc_profile")
+    if levels is not None and profile:
+        return _gray_to_srgb(levels, profile, image.mode, name), alpha
+    if levels is not None:
+        return torch.from_numpy(levels)[..., None].expand(-1, -1, 3), alpha
     if profile:
-        opaque = _srgb(opaque, profile, image.mode, name)
+        opaque = _to_srgb(opaque, profile, image.mode, name)
     return torch.from_numpy(np.array(opaque.convert("RGB"))), alpha
 
 
@@ -402,10 +403,25 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.mode == "P" and image.palette.mode.endswith("A")
 
 
-def _srgb(opaque: Image.Image, data: bytes, mode: str, name: str) -> Image.Image:
-    """The image as its ICC profile says, in sRGB. mode: what it had before alpha was removed."""
+def _gray_to_srgb(levels: np.ndarray, profile: bytes, mode: str, name: str) -> Tensor:
+    """Gray of 8 or 16 bits, [H, W], as its ICC profile says: [H, W, 3], float32 in [0, 1]."""
     import numpy as np
-    from PIL import Image, ImageCms
+    from PIL import Image
+
+    # A table, because what speeds LittleCMS up misses the darks of a linear gray profile by 10
+    # levels of 255. Without it, conversion is right to half a level, and slow. And because
+    # Pillow's 16-bit gray reaches LittleCMS in recent versions only: between the 256 levels of the
+    # table, 16 bits interpolate.
+    ramp = np.arange(256, dtype=np.uint8)
+    table = _to_srgb(Image.fromarray(ramp[None]), profile, mode, name, NO_OPTIMIZATION)
+    position = levels / (np.iinfo(levels.dtype).max / 255)
+    channels = [np.interp(position, ramp, channel) for channel in np.asarray(table)[0].T]
+    return torch.from_numpy(np.stack(channels, -1)).float() / 255
+
+
+def _to_srgb(image: Image.Image, data: bytes, mode: str, name: str, flags: int = 0) -> Image.Image:
+    """An image without alpha as its ICC profile says. mode: what messages say that it had."""
+    from PIL import ImageCms
 
     from sdcore.images import ImageError
 
@@ -413,53 +429,22 @@ def _srgb(opaque: Image.Image, data: bytes, mode: str, name: str) -> Image.Image
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = profile.profile.xcolor_space.strip()
-        described = _in_space(space, opaque, mode)
-        if described is None:
+        if space == "RGB" and image.mode not in ("CMYK", "LAB"):
+            image = image.convert("RGB")
+        if image.mode != {"GRAY": "L"}.get(space, space.upper()):
             raise ImageError(
                 f"{name} has pixels of mode {mode} and an ICC profile for {space}: {remedy}"
             )
-        if space != "GRAY":
-            return _converted(described, profile)
-        # What speeds LittleCMS up misses the darks of a linear gray profile by 10 levels of 255.
-        # Without it, conversion is right to half a level, and slow: so each level just once.
-        levels = np.asarray(described)
-        ramp = np.arange(np.iinfo(levels.dtype).max + 1).astype(levels.dtype)
-        table = _converted(Image.fromarray(ramp[None]), profile, NO_OPTIMIZATION)
-        return Image.fromarray(np.asarray(table)[0, levels])
+        return ImageCms.profileToProfile(
+            image,
+            profile,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.PERCEPTUAL,
+            outputMode="RGB",
+            flags=flags,
+        )
     except (OSError, ImageCms.PyCMSError) as error:
         raise ImageError(f"the ICC profile of {name} can't be used ({error}): {remedy}") from error
-
-
-def _converted(
-    image: Image.Image, profile: ImageCms.ImageCmsProfile, flags: int = 0
-) -> Image.Image:
-    from PIL import ImageCms
-
-    return ImageCms.profileToProfile(
-        image,
-        profile,
-        ImageCms.createProfile("sRGB"),
-        renderingIntent=ImageCms.Intent.PERCEPTUAL,
-        outputMode="RGB",
-        flags=flags,
-    )
-
-
-def _in_space(space: str, opaque: Image.Image, mode: str) -> Image.Image | None:
-    """The image in the mode that a profile of this color space applies to; None if it can't be."""
-    import numpy as np
-    from PIL import Image
-
-    deep = opaque.mode == "I;16"
-    if space == "GRAY" and (deep or mode in ("1", "L", "LA")):
-        return opaque if deep else opaque.convert("L")
-    if space == "RGB" and deep:
-        # Pillow has no RGB of 16 bits.
-        levels = np.rint(np.asarray(opaque) / 257).astype(np.uint8)
-        return Image.fromarray(levels).convert("RGB")
-    if space == "RGB" and mode not in ("CMYK", "LAB"):
-        return opaque.convert("RGB")
-    return opaque if space.upper() == opaque.mode else None
 
 
 def _mask_weights(mask: object, shape: torch.Size) -> Tensor:

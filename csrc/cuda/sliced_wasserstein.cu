@@ -19,10 +19,11 @@ template <typename Real, bool Weighted>
 constexpr int kCountPoints = 32 / sizeof(Real) / (Weighted ? 2 : 1);  // of a thread at a time
 constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
-constexpr uint32_t kPart = 1024;       // bins of a block that solves, one to a thread
-constexpr int kSolveThreads = kPart;
+constexpr uint32_t kPart = 1024;       // bins of a block that solves
+constexpr int kSolveThreads = kPart / 2;
 constexpr int kGatherThreads = 512;
-constexpr int kMostDepth = 6;  // tables in shared memory, most of them on their way
+constexpr int kMostDepth = 3;  // stages of tables in shared memory: one in use, two on their way
+constexpr int kMostStage = 4;  // tables of a stage
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
 constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
 // In the place of a mass: a projection was not finite, or a weight NaN.
@@ -45,7 +46,8 @@ struct alignas(D == 3 ? 4 * sizeof(Real) : sizeof(Real)) Line {
 // Bytes of shared memory that a block has before its counters.
 template <typename Real, int D>
 __host__ __device__ constexpr uint32_t histogram_head(int group, uint32_t bins) {
-  return round_up(group * (parts_of(bins) * 8 + static_cast<uint32_t>(sizeof(Line<Real, D>)) + 4), 16);
+  const uint32_t lines = round_up(group * static_cast<uint32_t>(sizeof(Line<Real, D>)), 8);
+  return round_up(lines + group * (parts_of(bins) * 8 + 4), 16);
 }
 
 template <typename Real>
@@ -330,9 +332,10 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
   const uint32_t row_words = pitch * (Weighted ? 2 : 1);
   const uint32_t parts = parts_of(bins);
   const int64_t count = work.directions.count;
-  auto* totals = reinterpret_cast<unsigned long long*>(shared);
-  auto* lines = reinterpret_cast<Line<Real, D>*>(totals + work.group * parts);
-  auto* poison = reinterpret_cast<int*>(lines + work.group);
+  auto* lines = reinterpret_cast<Line<Real, D>*>(shared);  // first, for they are aligned to 16
+  auto* totals = reinterpret_cast<unsigned long long*>(
+      shared + round_up(work.group * static_cast<uint32_t>(sizeof(Line<Real, D>)), 8));
+  auto* poison = reinterpret_cast<int*>(totals + work.group * parts);
   auto* counters = reinterpret_cast<uint32_t*>(shared + histogram_head<Real, D>(work.group, bins));
 
   const int64_t chunks = work.side[0].chunks + work.side[1].chunks;
@@ -475,13 +478,16 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
   }
 }
 
-// The sums of x and y over the threads before this one, and over all.
 template <typename T>
 struct Pair {
   T x, y;
 };
+
+// The sums of x and y over the threads before this one, and over all.
 template <typename T>
-__device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total, Pair<T>* scratch) {
+__device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total) {
+  constexpr int warps = kSolveThreads / 32;
+  __shared__ Pair<T> scratch[warps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Pair<T> sum = mine;
 #pragma unroll
@@ -496,46 +502,54 @@ __device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total, Pair<T>* scr
   __syncthreads();  // the scratch of a scan before this one
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  if (warp == 0) {
-    Pair<T> whole = scratch[lane];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const T x = __shfl_up_sync(0xffffffffu, whole.x, step);
-      const T y = __shfl_up_sync(0xffffffffu, whole.y, step);
-      if (lane >= step) {
-        whole.x += x;
-        whole.y += y;
-      }
-    }
-    scratch[lane] = whole;
-  }
-  __syncthreads();
-  total = scratch[31];
   before = {sum.x - mine.x, sum.y - mine.y};
-  if (warp > 0) {
-    before.x += scratch[warp - 1].x;
-    before.y += scratch[warp - 1].y;
+  total = {0, 0};
+#pragma unroll
+  for (int other = 0; other < warps; ++other) {
+    const Pair<T> theirs = scratch[other];
+    if (other < warp) {
+      before.x += theirs.x;
+      before.y += theirs.y;
+    }
+    total.x += theirs.x;
+    total.y += theirs.y;
   }
 }
 
 using Mass = unsigned long long;
 
-// The mass in one bin: the sum of what the chunks' blocks counted.
-template <typename T>
-__device__ __forceinline__ Mass sum_chunks(const void* masses, int64_t at, int64_t chunks,
-                                           int64_t pitch) {
-  const T* from = static_cast<const T*>(masses) + at;
-  Mass sum = 0;
+// The mass in two neighboring bins: the sums of what the chunks' blocks counted.
+__device__ __forceinline__ void add(Pair<Mass>& sum, uint32_t two) {
+  sum.x += two & 0xffff;
+  sum.y += two >> 16;
+}
+__device__ __forceinline__ void add(Pair<Mass>& sum, uint2 two) {
+  sum.x += two.x;
+  sum.y += two.y;
+}
+template <typename Two>
+__device__ __forceinline__ Pair<Mass> sum_chunks(const void* masses, int64_t at, int64_t chunks,
+                                                 int64_t pitch) {
+  const Two* from = static_cast<const Two*>(masses) + at / 2;
+  Pair<Mass> sum = {0, 0};
 #pragma unroll 16
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += __ldcg(from + chunk * pitch);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) add(sum, __ldcg(from + chunk * (pitch / 2)));
   return sum;
 }
 
-__device__ Mass mass_at(const Histograms& side, int64_t slot, int64_t i) {
+// Bins i and i + 1 of a direction. Rows of counts are padded, those of 64 bits may not be.
+__device__ Pair<Mass> masses_at(const Histograms& side, int64_t slot, int64_t i, int64_t bins) {
+  if (i >= bins) return {0, 0};
   const int64_t at = slot * side.chunks * side.pitch + i;
-  if (side.bits == 16) return sum_chunks<uint16_t>(side.masses, at, side.chunks, side.pitch);
-  if (side.bits == 32) return sum_chunks<uint32_t>(side.masses, at, side.chunks, side.pitch);
-  return sum_chunks<Mass>(side.masses, at, side.chunks, side.pitch);
+  if (side.bits == 16) return sum_chunks<uint32_t>(side.masses, at, side.chunks, side.pitch);
+  if (side.bits == 32) return sum_chunks<uint2>(side.masses, at, side.chunks, side.pitch);
+  const Mass* from = static_cast<const Mass*>(side.masses) + at;
+  Pair<Mass> sum = {0, 0};
+  for (int64_t chunk = 0; chunk < side.chunks; ++chunk, from += side.pitch) {
+    sum.x += from[0];
+    if (i + 1 < bins) sum.y += from[1];
+  }
+  return sum;
 }
 
 // Of the mass of x in a bin, quantiles F(b-) to F(b), the part below G(b-) comes from lower bins of
@@ -566,49 +580,58 @@ struct SolveWork {
   double* moments;
 };
 
-// What a block of the solve kernels starts from: one part of one direction's bins, and the mass
-// before that part.
+// What a block of the solve kernels starts from: one part of one direction's bins, of which each
+// thread has two, and the mass before them.
 struct Problem {
-  int64_t slot, part;
-  Pair<int64_t> slots;  // of the histograms
-  Pair<Mass> before;
+  int64_t slot, bin;
+  Pair<Mass> x, y, before;
   double unit_x, unit_y, width;
   bool bad;
 };
 
 template <typename Real, int D>
-__device__ Problem begin(const SolveWork<Real>& work, Pair<Mass>* scratch) {
+__device__ Problem begin(const SolveWork<Real>& work) {
   __shared__ int bad;
   const int64_t parts = parts_of(static_cast<uint32_t>(work.bins));
   Problem problem;
   problem.slot = blockIdx.x / parts;
-  problem.part = blockIdx.x % parts;
-  const int64_t l = problem.slot % work.count;
-  problem.slots = {problem.slot, work.one_y ? l : problem.slot};
+  const int64_t part = blockIdx.x % parts, l = problem.slot % work.count;
+  problem.bin = part * kPart + 2 * threadIdx.x;
+  const int64_t slot_y = work.one_y ? l : problem.slot;
   if (threadIdx.x == 0) bad = 0;
   __syncthreads();
+  problem.x = masses_at(work.x, problem.slot, problem.bin, work.bins);
+  problem.y = masses_at(work.y, slot_y, problem.bin, work.bins);
+  // Of the mass of all parts, that of earlier ones is added to the prefix sums.
   Pair<Mass> earlier = {0, 0}, all = {0, 0};
   const auto sum = [&](const Histograms& side, int64_t slot, Mass& earlier, Mass& all) {
-    const int64_t size = side.totals ? side.chunks * parts : work.bins;
+    const bool known = side.totals != nullptr;
+    const int64_t size = known ? side.chunks * parts : work.bins;
+    const Mass* from = known ? side.totals + slot * size
+                             : static_cast<const Mass*>(side.masses) + slot * side.pitch;
     for (int64_t i = threadIdx.x; i < size; i += kSolveThreads) {
-      const Mass mass = side.totals ? __ldcg(side.totals + slot * size + i) : mass_at(side, slot, i);
+      const Mass mass = __ldcg(from + i);
       if (mass == kPoison) bad = 1;
       all += mass;
-      if ((side.totals ? i % parts : i / kPart) < problem.part) earlier += mass;
+      if ((known ? i % parts : i / kPart) < part) earlier += mass;
     }
   };
-  sum(work.x, problem.slots.x, earlier.x, all.x);
-  sum(work.y, problem.slots.y, earlier.y, all.y);
+  sum(work.x, problem.slot, earlier.x, all.x);
+  sum(work.y, slot_y, earlier.y, all.y);
   Pair<Mass> before, total;
-  scan(earlier, before, problem.before, scratch);
-  scan(all, before, total, scratch);
+  scan(all, before, total);
   problem.unit_x = 1.0 / static_cast<double>(total.x);
   problem.unit_y = 1.0 / static_cast<double>(total.y);
+  scan(earlier, before, total);
+  const Pair<Mass> mine = {problem.x.x + problem.x.y, problem.y.x + problem.y.y};
+  scan(mine, problem.before, before);
+  problem.before.x += total.x;
+  problem.before.y += total.y;
   problem.bad = bad != 0;
   const Range<Real> range = ends_of<Real, D>(work.ends, problem.slot, work.directions + l * D);
   problem.width = (static_cast<double>(range.high) - static_cast<double>(range.low)) /
                   static_cast<double>(work.bins);
-  if (threadIdx.x == 0 && problem.part == 0) {
+  if (threadIdx.x == 0 && part == 0) {
     work.edges[2 * problem.slot] = range.low;
     work.edges[2 * problem.slot + 1] = range.high;
   }
@@ -622,13 +645,12 @@ __device__ Real or_nan(bool bad, Real x) {
 
 // A block's part of the cost to memory; the last block adds them up, in one order, to the values.
 template <typename Real>
-__device__ void finish(const SolveWork<Real>& work, const Problem& problem, double cost,
-                       Pair<double>* scratch) {
+__device__ void finish(const SolveWork<Real>& work, bool bad, double cost) {
   __shared__ bool last;
   Pair<double> before, total;
-  scan(Pair<double>{cost, 0}, before, total, scratch);
+  scan(Pair<double>{cost, 0}, before, total);
   if (threadIdx.x == 0) {
-    work.costs[blockIdx.x] = or_nan(problem.bad, total.x);
+    work.costs[blockIdx.x] = or_nan(bad, total.x);
     __threadfence();
     last = atomicAdd(work.finished, 1u) == gridDim.x - 1;
   }
@@ -657,31 +679,27 @@ __device__ void finish(const SolveWork<Real>& work, const Problem& problem, doub
 
 template <typename Real, int D>
 __global__ void __launch_bounds__(kSolveThreads) solve_1_kernel(SolveWork<Real> work) {
-  __shared__ Pair<Mass> scratch[32];
-  __shared__ Pair<double> sums[32];
-  const Problem problem = begin<Real, D>(work, scratch);
-  const int64_t i = problem.part * kPart + threadIdx.x;
-  const bool inside = i < work.bins;
-  const Pair<Mass> mine = {inside ? mass_at(work.x, problem.slots.x, i) : 0,
-                           inside ? mass_at(work.y, problem.slots.y, i) : 0};
-  Pair<Mass> before, total;
-  scan(mine, before, total, scratch);
-  before.x += problem.before.x;
-  before.y += problem.before.y;
-  double cost = 0;
-  if (inside) {
-    const double f_before = before.x * problem.unit_x, f = (before.x + mine.x) * problem.unit_x;
-    const double g_before = before.y * problem.unit_y, g = (before.y + mine.y) * problem.unit_y;
-    cost = fabs(f - g) * problem.width;
-    const Real slope_x = mine.x > 0 ? slope_1<Real>(f_before, f, g_before, g) : Real(0);
-    const int64_t at = problem.slot * work.bins + i;
+  const Problem problem = begin<Real, D>(work);
+  const Mass x[2] = {problem.x.x, problem.x.y}, y[2] = {problem.y.x, problem.y.y};
+  Pair<Mass> end = problem.before;
+  double f_before = end.x * problem.unit_x, g_before = end.y * problem.unit_y, cost = 0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (problem.bin + j >= work.bins) break;
+    end = {end.x + x[j], end.y + y[j]};
+    const double f = end.x * problem.unit_x, g = end.y * problem.unit_y;
+    cost += fabs(f - g) * problem.width;
+    const int64_t at = problem.slot * work.bins + problem.bin + j;
+    const Real slope_x = x[j] > 0 ? slope_1<Real>(f_before, f, g_before, g) : Real(0);
     work.table_x[at] = or_nan(problem.bad, slope_x);
     if (work.table_y) {
-      const Real slope_y = mine.y > 0 ? slope_1<Real>(g_before, g, f_before, f) : Real(0);
+      const Real slope_y = y[j] > 0 ? slope_1<Real>(g_before, g, f_before, f) : Real(0);
       work.table_y[at] = or_nan(problem.bad, slope_y);
     }
+    f_before = f;
+    g_before = g;
   }
-  finish(work, problem, cost, sums);
+  finish(work, problem.bad, cost);
 }
 
 // For p = 2. Per bin, up to and including it: one side's mass; and the first moment, in bins, of
@@ -706,32 +724,30 @@ __device__ __forceinline__ MomentsWork moments_of(double* moments, int64_t slots
 
 template <typename Real, int D>
 __global__ void __launch_bounds__(kSolveThreads) moments_kernel(SolveWork<Real> work) {
-  __shared__ Pair<Mass> scratch[32];
-  __shared__ Pair<double> sums[32];
-  const Problem problem = begin<Real, D>(work, scratch);
-  const int64_t i = problem.part * kPart + threadIdx.x;
-  const bool inside = i < work.bins;
-  const Pair<Mass> mine = {inside ? mass_at(work.x, problem.slots.x, i) : 0,
-                           inside ? mass_at(work.y, problem.slots.y, i) : 0};
-  Pair<Mass> before, total;
-  scan(mine, before, total, scratch);
-  const Pair<double> moment = {mine.x * problem.unit_x * static_cast<double>(i),
-                               mine.y * problem.unit_y * static_cast<double>(i)};
-  Pair<double> moment_before, moment_total;
-  scan(moment, moment_before, moment_total, sums);
-  const int64_t slots = work.batch * work.count, at = problem.slot * work.bins + i;
-  const MomentsWork x = moments_of(work.moments, slots, work.bins, 0);
-  const MomentsWork y = moments_of(work.moments, slots, work.bins, 1);
-  if (inside) {
-    x.level[at] = or_nan(problem.bad, (problem.before.x + before.x + mine.x) * problem.unit_x);
-    y.level[at] = or_nan(problem.bad, (problem.before.y + before.y + mine.y) * problem.unit_y);
-    x.moment[at] = moment_before.x + moment.x;
-    y.moment[at] = moment_before.y + moment.y;
-  }
-  if (threadIdx.x == 0) {
-    x.part[blockIdx.x] = moment_total.x;
-    y.part[blockIdx.x] = moment_total.y;
-  }
+  const Problem problem = begin<Real, D>(work);
+  const double bin = static_cast<double>(problem.bin);
+  const Pair<double> first = {problem.x.x * problem.unit_x * bin, problem.y.x * problem.unit_y * bin};
+  const Pair<double> second = {problem.x.y * problem.unit_x * (bin + 1),
+                               problem.y.y * problem.unit_y * (bin + 1)};
+  Pair<double> before, total;
+  scan(Pair<double>{first.x + second.x, first.y + second.y}, before, total);
+  const int64_t slots = work.batch * work.count;
+  const auto write = [&](int side, Mass before, const Pair<Mass>& mass, double unit,
+                         double moment_before, double first, double second, double all) {
+    const MomentsWork out = moments_of(work.moments, slots, work.bins, side);
+    const int64_t at = problem.slot * work.bins + problem.bin;
+    if (problem.bin < work.bins) {
+      out.level[at] = or_nan(problem.bad, (before + mass.x) * unit);
+      out.moment[at] = moment_before + first;
+    }
+    if (problem.bin + 1 < work.bins) {
+      out.level[at + 1] = or_nan(problem.bad, (before + mass.x + mass.y) * unit);
+      out.moment[at + 1] = moment_before + first + second;
+    }
+    if (threadIdx.x == 0) out.part[blockIdx.x] = all;
+  };
+  write(0, problem.before.x, problem.x, problem.unit_x, before.x, first.x, second.x, total.x);
+  write(1, problem.before.y, problem.y, problem.unit_y, before.y, first.y, second.y, total.y);
 }
 
 // The first bin up to which there is more mass than u, or the last bin.
@@ -781,41 +797,36 @@ __device__ __forceinline__ double piece_2(const Moments& mine, const Moments& ot
 template <typename Real>
 __global__ void __launch_bounds__(kSolveThreads) solve_2_kernel(SolveWork<Real> work) {
   extern __shared__ double before[];  // [2, parts]: first moments of all parts before
-  __shared__ Pair<double> sums[32];
   const int64_t bins = work.bins, slots = work.batch * work.count;
   const int64_t parts = parts_of(static_cast<uint32_t>(bins));
-  Problem problem;
-  problem.slot = blockIdx.x / parts;
-  problem.part = blockIdx.x % parts;
+  const int64_t slot = blockIdx.x / parts, part = blockIdx.x % parts;
   const auto side = [&](int number) {
     const MomentsWork all = moments_of(work.moments, slots, bins, number);
     if (threadIdx.x == 0) {
       double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        before[number * parts + part] = sum;
-        sum += all.part[problem.slot * parts + part];
+      for (int64_t i = 0; i < parts; ++i) {
+        before[number * parts + i] = sum;
+        sum += all.part[slot * parts + i];
       }
     }
-    return Moments{all.level + problem.slot * bins, all.moment + problem.slot * bins,
-                   before + number * parts};
+    return Moments{all.level + slot * bins, all.moment + slot * bins, before + number * parts};
   };
   const Moments x = side(0), y = side(1);
   __syncthreads();
-  const Real* edge = work.edges + 2 * problem.slot;
-  problem.width = (static_cast<double>(edge[1]) - static_cast<double>(edge[0])) /
-                  static_cast<double>(bins);
-  problem.bad = isnan(x.level[0]);
-  const int64_t i = problem.part * kPart + threadIdx.x;
+  const Real* edge = work.edges + 2 * slot;
+  const double width = (static_cast<double>(edge[1]) - static_cast<double>(edge[0])) /
+                       static_cast<double>(bins);
+  const bool bad = isnan(x.level[0]);
   double cost = 0;
-  if (i < bins) {
-    const int64_t at = problem.slot * bins + i;
-    work.table_x[at] = or_nan(problem.bad, slope_2<Real>(x, y, problem.width, bins, i));
+  const int64_t end = min(bins, (part + 1) * kPart);
+  for (int64_t i = part * kPart + threadIdx.x; i < end; i += kSolveThreads) {
+    work.table_x[slot * bins + i] = or_nan(bad, slope_2<Real>(x, y, width, bins, i));
     if (work.table_y) {
-      work.table_y[at] = or_nan(problem.bad, slope_2<Real>(y, x, problem.width, bins, i));
+      work.table_y[slot * bins + i] = or_nan(bad, slope_2<Real>(y, x, width, bins, i));
     }
-    cost = piece_2(x, y, bins, i, true) + piece_2(y, x, bins, i, false);
+    cost += piece_2(x, y, bins, i, true) + piece_2(y, x, bins, i, false);
   }
-  finish(work, problem, cost * problem.width * problem.width, sums);
+  finish(work, bad, cost * width * width);
 }
 
 struct GatherWork {
@@ -828,14 +839,10 @@ struct GatherWork {
   const void* table;
   const void* edges;
   uint32_t bins;
-  int depth;  // of the ring of tables in shared memory
+  int stage, depth;  // tables of a stage, and stages, of the ring in shared memory
   Points out;
 };
 
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
 template <typename Real>
 __device__ __forceinline__ void copy_1(Real* to, const Real* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -845,23 +852,58 @@ __device__ __forceinline__ void copy_1(Real* to, const Real* from) {
 }
 // Waits until all but the latest `pending` of this thread's groups of copies have arrived.
 __device__ __forceinline__ void wait_for_copies(int pending) {
-  switch (pending) {
-    case 0:
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      break;
-    case 1:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    case 2:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-      break;
-    case 3:
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 4;" ::: "memory");
+  if (pending == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
   }
 }
+
+// On Hopper and later, one thread has the copy engine fetch a table: copies by all threads were
+// half of the instructions of the kernel.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SDCORE_COPY_ENGINE 1
+#else
+#define SDCORE_COPY_ENGINE 0
+#endif
+#if !SDCORE_COPY_ENGINE
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+#else
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+#endif
 
 // Of one direction: where a point's slope is in the table, and what it adds to the gradient.
 template <typename Real, int D>
@@ -875,18 +917,36 @@ __host__ __device__ constexpr uint32_t table_pitch(uint32_t bins) {
   return round_up(bins + 1, 16 / sizeof(Real));
 }
 
-// Starts copying one direction's table; its entry past the last is the last once more.
+// Starts copying `here` tables. An entry past the last of each is the last once more.
 template <typename Real>
-__device__ __forceinline__ void fetch(const Real* from, Real* to, uint32_t bins) {
+__device__ __forceinline__ void fetch(const Real* from, Real* to, int here, uint32_t bins,
+                                      uint64_t* barrier) {
   constexpr uint32_t some = 16 / sizeof(Real);
-  if (bins % some == 0) {
-    for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
-      copy_16(to + i, from + i);
-    }
-  } else {
-    for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(to + i, from + i);
+  const uint32_t pitch = table_pitch<Real>(bins);
+  const bool whole = bins % some == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+#if SDCORE_COPY_ENGINE
+  if (threadIdx.x == 0) {
+    barrier_expect(barrier, whole ? here * bins * static_cast<uint32_t>(sizeof(Real)) : 0);
   }
-  if (threadIdx.x == 0) copy_1(to + bins, from + bins - 1);
+#else
+  (void)barrier;
+#endif
+  for (int g = 0; g < here; ++g, from += bins, to += pitch) {
+    if (whole) {
+#if SDCORE_COPY_ENGINE
+      if (threadIdx.x == 0) {
+        copy_bulk(to, from, bins * static_cast<uint32_t>(sizeof(Real)), barrier);
+      }
+#else
+      for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
+        copy_16(to + i, from + i);
+      }
+#endif
+    } else {
+      for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(to + i, from + i);
+    }
+    if (threadIdx.x == 0) copy_1(to + bins, from + bins - 1);
+  }
 }
 
 // Points stay in registers while the tables of all directions come by.
@@ -902,46 +962,68 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
   const int64_t at = blockIdx.x % tiles * P * blockDim.x + threadIdx.x;
   const Real* tables = static_cast<const Real*>(work.table) + b * count * bins;
 
+  __shared__ uint64_t arrived[kMostDepth];
+#if SDCORE_COPY_ENGINE
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < work.depth; ++i) barrier_init(arrived + i);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+#endif
+  const int stage = work.stage;
   int64_t coming = 0;
-  uint32_t to = 0;
+  int to = 0;
   const auto fetch_next = [&] {
-    if (coming < count) fetch(tables + coming * bins, ring + to * pitch, bins);
+    if (coming < count) {
+      const int here = static_cast<int>(min(count - coming, static_cast<int64_t>(stage)));
+      fetch(tables + coming * bins, ring + to * stage * pitch, here, bins, arrived + to);
+    }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    ++coming;
+    coming += stage;
     if (++to == work.depth) to = 0;
   };
   for (int i = 0; i < work.depth - 1; ++i) fetch_next();
   Real x[P][D], sum[P][D] = {};
   load<Real, D, P>(work.points, b, at, blockDim.x, x);
   const Real scale = static_cast<Real>(bins);
-  uint32_t now = 0;
-  for (int64_t first = 0; first < count; first += kPulls) {
-    const int here = static_cast<int>(min(count - first, static_cast<int64_t>(kPulls)));
-    __syncthreads();
-    for (int g = threadIdx.x; g < here; g += blockDim.x) {
-      const int64_t l = first + g;
-      const Real* theta = static_cast<const Real*>(work.directions.data) + l * D;
-      const Real* edge = static_cast<const Real*>(work.edges) + 2 * (b * count + l);
-      const Real grad = static_cast<const Real*>(
-          work.grad)[b * work.grad_stride[0] + l * work.grad_stride[1]];
-      Pull<Real, D> pull;
-      pull.line = line_of<Real, D>({edge[0], edge[1]}, theta);
-      for (int k = 0; k < D; ++k) pull.theta[k] = theta[k] * grad;
-      pulls[g] = pull;
+  int now = 0;
+  uint32_t parity = 0;
+  const int at_once = kPulls / stage * stage;
+  for (int64_t first = 0; first < count; first += stage) {
+    const int pulled = static_cast<int>(first % at_once);
+    if (pulled == 0) {
+      __syncthreads();
+      for (int g = threadIdx.x; g < at_once && first + g < count; g += blockDim.x) {
+        const int64_t l = first + g;
+        const Real* theta = static_cast<const Real*>(work.directions.data) + l * D;
+        const Real* edge = static_cast<const Real*>(work.edges) + 2 * (b * count + l);
+        const Real grad = static_cast<const Real*>(
+            work.grad)[b * work.grad_stride[0] + l * work.grad_stride[1]];
+        Pull<Real, D> pull;
+        pull.line = line_of<Real, D>({edge[0], edge[1]}, theta);
+        for (int k = 0; k < D; ++k) pull.theta[k] = theta[k] * grad;
+        pulls[g] = pull;
+      }
     }
+    wait_for_copies(work.depth - 2);
+#if SDCORE_COPY_ENGINE
+    barrier_wait(arrived + now, parity);
+#endif
+    __syncthreads();  // and all are done with the stage before, whose place is free now
+    fetch_next();
+    const int here = static_cast<int>(min(count - first, static_cast<int64_t>(stage)));
     for (int g = 0; g < here; ++g) {
-      wait_for_copies(work.depth - 2);
-      __syncthreads();  // and all are done with the table before, whose place is free now
-      fetch_next();
-      const Pull<Real, D> pull = pulls[g];
-      const Row<Real, Real> table(ring + now * pitch);
+      const Pull<Real, D> pull = pulls[pulled + g];
+      const Row<Real, Real> table(ring + (now * stage + g) * pitch);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, scale)), Real());
 #pragma unroll
         for (int k = 0; k < D; ++k) sum[j][k] = fma(slope, pull.theta[k], sum[j][k]);
       }
-      if (++now == work.depth) now = 0;
+    }
+    if (++now == work.depth) {
+      now = 0;
+      parity ^= 1;
     }
   }
 
@@ -1157,8 +1239,10 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
       const auto launch = [&](auto per_thread) {
         const int64_t table = table_pitch<Real>(static_cast<uint32_t>(a.bins)) * sizeof(Real);
         const int64_t room = gpu.shared_per_block - kPulls * sizeof(Pull<Real, dim>) - 64;
-        const int64_t depth = std::min<int64_t>(kMostDepth, room / table);
-        if (depth < 2) {
+        const int64_t depth = room / table >= 3 ? kMostDepth : 2;
+        const int64_t stage = std::min({room / (depth * table), int64_t{kMostStage},
+                                        a.directions.count});
+        if (stage == 0) {
           throw std::invalid_argument(std::to_string(a.bins) + " bins don't fit shared memory");
         }
         const int64_t all = ceil_div(a.points.count * a.points.batch, per_thread);
@@ -1175,11 +1259,12 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
                                  a.table,
                                  a.edges,
                                  static_cast<uint32_t>(a.bins),
+                                 static_cast<int>(stage),
                                  static_cast<int>(depth),
                                  a.out};
         auto* kernel = gather_kernel<Real, dim, per_thread>;
-        allow_shared_memory(kernel, depth * table);
-        kernel<<<grid(blocks), static_cast<unsigned>(threads), depth * table,
+        allow_shared_memory(kernel, depth * stage * table);
+        kernel<<<grid(blocks), static_cast<unsigned>(threads), depth * stage * table,
                  stream_of(place)>>>(work);
         check(cudaGetLastError(), "the launch of gather_kernel");
       };
