@@ -156,6 +156,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("version") = SDCORE_VERSION;
   m.attr("architectures") = architectures();
   m.def("devices", &devices);
+  m.attr("sliced_wasserstein_part") = sdcore::kPart;
   m.def("sliced_wasserstein_plan", &plan);
   m.def("sliced_wasserstein_range", &range);
   m.def("sliced_wasserstein_histogram", &histogram);

@@ -19,7 +19,6 @@ template <typename Real, bool Weighted>
 constexpr int kCountPoints = 32 / sizeof(Real) / (Weighted ? 2 : 1);  // of a thread at a time
 constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
-constexpr uint32_t kPart = 1024;       // bins of a block that solves
 constexpr int kSolveThreads = kPart / 2;
 constexpr int kGatherThreads = 512;
 constexpr int kMostDepth = 3;  // stages of tables in shared memory: one in use, two on their way
@@ -33,7 +32,9 @@ __host__ __device__ constexpr uint32_t round_up(uint32_t x, uint32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 __host__ __device__ constexpr uint32_t padded_bins(uint32_t bins) { return round_up(bins, 8); }
-__host__ __device__ constexpr uint32_t parts_of(uint32_t bins) { return (bins + kPart - 1) / kPart; }
+__host__ __device__ constexpr uint32_t parts_of(uint32_t bins) { 
+  return (bins + kPart - 1) / kPart;
+}
 
 // Projection and bin in one: a point's place between the ends of a direction's bins, from 0 to 1,
 // is an affine function of its coordinates.
@@ -118,8 +119,9 @@ __device__ Line<Real, D> line_of(const Range<Real>& range, const Real* theta) {
 }
 
 // The bin of a point, 0 to bins: one past the last stands for the last, which saves a comparison
-// for each projection. Saturation also sends NaN to bin 0. Adding 2^23 and rounding down leaves a
-// number's integer part in its lowest bits; the others, kBias, are taken off where rows begin.
+// for each projection. Saturation also sends NaN to bin 0. Adding 2 and rounding down leaves the
+// integer part of a multiple of 2^-22 in a number's lowest bits; the other bits, 0x40000000, go
+// when the bin is multiplied by the four bytes of an entry.
 template <int D>
 __device__ __forceinline__ uint32_t bin_of(const float (&x)[D], const Line<float, D>& line,
                                            float bins) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ uint32_t bin_of(const float (&x)[D], const Line<float
 #pragma unroll
   for (int k = 0; k < D - 1; ++k) place = fmaf(x[k], line.slope[k], place);
   place = __saturatef(fmaf(x[D - 1], line.slope[D - 1], place));
-  return __float_as_uint(__fmaf_rd(place, bins, 8388608.0f));
+  return __float_as_uint(__fmaf_rd(place, bins, 2.0f));
 }
 template <int D>
 __device__ __forceinline__ uint32_t bin_of(const double (&x)[D], const Line<double, D>& line,
@@ -137,19 +139,19 @@ __device__ __forceinline__ uint32_t bin_of(const double (&x)[D], const Line<doub
   for (int k = 0; k < D; ++k) place = fma(x[k], line.slope[k], place);
   return static_cast<uint32_t>(__double2int_rd(fmin(fmax(place, 0.0), 1.0) * bins));
 }
-template <typename Real>
-constexpr uint32_t kBias = sizeof(Real) == 4 ? 0x4b000000u : 0;
+// What bin_of takes for the number of bins.
+__device__ __forceinline__ float unit_of(float, uint32_t bins) {
+  return static_cast<float>(bins) * 0x1p-22f;
+}
+__device__ __forceinline__ double unit_of(double, uint32_t bins) { return bins; }
 
 // A row of a table in shared memory, by its address there: from a bin to an entry's address is
-// then one instruction, where the compiler takes three.
-template <typename Real, typename Entry>
+// one instruction.
+template <typename Entry>
 struct Row {
   uint32_t base;
   __device__ explicit Row(const Entry* row)
-      : base(static_cast<uint32_t>(__cvta_generic_to_shared(row)) -
-             kBias<Real> * static_cast<uint32_t>(sizeof(Entry))) {
-    asm("" : "+r"(base));  // Or the compiler takes the bias off each address by itself.
-  }
+      : base(static_cast<uint32_t>(__cvta_generic_to_shared(row))) {}
   __device__ uint32_t at(uint32_t bin) const {
     return base + bin * static_cast<uint32_t>(sizeof(Entry));
   }
@@ -377,7 +379,7 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
   }
   __syncthreads();
   const Real safe = Largest<Real>::value / 4 / fmax(unordered(steepest), Real(1));
-  const Real scale = static_cast<Real>(bins);
+  const Real scale = unit_of(Real(), bins);
 
   const int64_t tile = static_cast<int64_t>(P) * threads;
   for (int64_t from = begin; counts && from < end; from += tile) {
@@ -418,7 +420,7 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
     }
     for (int g = 0; g < here; ++g) {
       const Line<Real, D> line = lines[g];
-      const Row<Real, uint32_t> row(counters + g * row_words);
+      const Row<uint32_t> row(counters + g * row_words);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const uint32_t counter = row.at(bin_of<D>(x[j], line, scale));
@@ -468,7 +470,7 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) {
-      atomicAdd(totals + g * parts + min(at / kPart, parts - 1), static_cast<unsigned long long>(sum));
+      atomicAdd(totals + g * parts + min(at / static_cast<uint32_t>(kPart), parts - 1), static_cast<unsigned long long>(sum));
     }
   }
   __syncthreads();
@@ -984,7 +986,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
   for (int i = 0; i < work.depth - 1; ++i) fetch_next();
   Real x[P][D], sum[P][D] = {};
   load<Real, D, P>(work.points, b, at, blockDim.x, x);
-  const Real scale = static_cast<Real>(bins);
+  const Real scale = unit_of(Real(), bins);
   int now = 0;
   uint32_t parity = 0;
   const int at_once = kPulls / stage * stage;
@@ -1013,7 +1015,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
     const int here = static_cast<int>(min(count - first, static_cast<int64_t>(stage)));
     for (int g = 0; g < here; ++g) {
       const Pull<Real, D> pull = pulls[pulled + g];
-      const Row<Real, Real> table(ring + (now * stage + g) * pitch);
+      const Row<Real> table(ring + (now * stage + g) * pitch);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, scale)), Real());
@@ -1268,7 +1270,7 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
                  stream_of(place)>>>(work);
         check(cudaGetLastError(), "the launch of gather_kernel");
       };
-      constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1), small = large / 4;
+      constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1), small = std::max(1, large / 4);
       // Few points go to more threads, so that all multiprocessors have some.
       if (a.points.count * a.points.batch >= gpu.multiprocessors * kGatherThreads * small) {
         launch(std::integral_constant<int, large>());

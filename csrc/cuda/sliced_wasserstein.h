@@ -15,6 +15,9 @@ namespace sdcore {
 // Points of more coordinates are projected by the caller, one direction to a batch element.
 constexpr int kMostCoordinates = 4;
 
+// Bins of a block that solves, two to a thread.
+constexpr int64_t kPart = 1024;
+
 // Where the launch goes.
 struct Place {
   int device;
@@ -36,7 +39,7 @@ struct Ends {
 
 // What the blocks that count write, of each [batch, direction, chunk]: the mass in each bin
 // [pitch], in counts of 16 or 32 bits or, of weighted points, multiples of 2^-62 in 64; and of
-// each part of 1024 bins the sum.
+// each part of kPart bins the sum.
 struct Histograms {
   void* masses;
   unsigned long long* totals;  // [parts]; -1 where a projection was not finite. Null: add masses up

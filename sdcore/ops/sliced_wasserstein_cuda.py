@@ -20,7 +20,6 @@ from sdcore import backends
 # batch element becomes a batch element of one coordinate.
 MOST_COORDINATES = 4
 PROJECTIONS_AT_ONCE = 1 << 24
-PART = 1024  # bins whose cost one block adds up
 
 
 def described(points: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
@@ -310,11 +309,12 @@ class _Problem:
         tables = [directions.new_empty(batch, count, bins) for _ in range(1 + table_y)]
         edges = directions.new_empty(batch, count, 2)
         if batch:
-            parts = -(-bins // PART)
+            module = backends.cuda_module()
+            parts = -(-bins // module.sliced_wasserstein_part)
             double = {"dtype": torch.float64, "device": directions.device}
             costs = torch.empty(batch, count, parts, **double)
             moments = torch.empty(2, batch, count, 2 * bins + parts, **double) if p == 2 else None
-            backends.cuda_module().sliced_wasserstein_solve(
+            module.sliced_wasserstein_solve(
                 x.described(),
                 y.described(),
                 one_y,
