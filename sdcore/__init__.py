@@ -2,6 +2,7 @@
 
 from sdcore import ops
 from sdcore.backends import backend
+from sdcore.palette import Palette
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "ops"]
+__all__ = ["Palette", "__version__", "backend", "ops"]

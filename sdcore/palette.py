@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from pathlib import Path
@@ -202,6 +202,25 @@ class Palette:
             return self
         return self._of(colors, self._weights, colors.device)
 
+    def kept(self, directions: Tensor, setting: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make()`` returned the last time, if it was for these directions, not changed
+        since, and an equal setting; else what it returns now.
+
+        Ops keep here what they compute of a palette alone. Only the latest is kept, and not what
+        was made while a CUDA graph was captured: that has no value before the graph's replay.
+        """
+        try:
+            version = directions._version
+        except RuntimeError:  # of tensors made in inference mode nobody knows the changes
+            return make()
+        key = version, setting
+        if self._kept is not None and self._kept[0] is directions and self._kept[1] == key:
+            return self._kept[2]
+        made = make()
+        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._kept = directions, key, made
+        return made
+
     def __len__(self) -> int:
         return len(self._colors)
 
@@ -224,6 +243,7 @@ class Palette:
     def _hold(self, colors: Tensor, weights: Tensor, device: torch.device) -> None:
         self._colors = _ordinary(colors.to(device))
         self._weights = _ordinary(weights.to(device))
+        self._kept: tuple[Tensor, Hashable, Tensor] | None = None
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -1068,3 +1068,23 @@ def test_importing_needs_no_pillow() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_keeps_the_latest_only() -> None:
+    palette, made = Palette.from_colors(["#000", "#fff"]), []
+
+    def make() -> torch.Tensor:
+        made.append(None)
+        return torch.tensor(len(made))
+
+    first, second = torch.rand(3, 3), torch.rand(3, 3)
+    assert [palette.kept(first, 1, make).item() for _ in range(3)] == [1, 1, 1]
+    assert palette.kept(first, 2, make).item() == 2
+    assert palette.kept(first, 1, make).item() == 3
+    assert palette.kept(second, 1, make).item() == 4
+    assert palette.kept(first, 1, make).item() == 5
+    first.mul_(2)
+    assert [palette.kept(first, 1, make).item() for _ in range(2)] == [6, 6]
+    with torch.inference_mode():
+        unknown = torch.rand(3, 3)
+    assert [palette.kept(unknown, 1, make).item() for _ in range(2)] == [7, 8]

@@ -408,6 +408,50 @@ def binned(
     return values, *tables, edges
 
 
+def histogram(
+    points: Tensor,
+    directions: Tensor,
+    weights: Tensor | None,
+    bins: int,
+    value_range: list[float],
+) -> Tensor:
+    """Masses [B, L, bins], int64; -1 throughout where a projection is not finite."""
+    batch, count_l = points.shape[0], directions.shape[0]
+    directions = directions.contiguous()
+    if batch == 0:
+        return directions.new_empty(0, count_l, bins, dtype=torch.int64)
+    with _on(points):
+        edges = _edges_of_box(directions, value_range, batch)
+        poison = torch.zeros(batch, count_l, dtype=torch.int32, device=points.device)
+        masses = _histogram(points, directions, weights, edges, poison, bins)
+    return torch.where(poison[..., None] != 0, -1, masses.long())
+
+
+def binned_to(
+    x: Tensor,
+    histogram_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    value_range: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [B, L], table of x [B, L, bins] and edges, against a histogram [B or 1, L, bins]."""
+    batch, (count_l, bins) = x.shape[0], histogram_y.shape[1:]
+    directions = directions.contiguous()
+    values = directions.new_empty(batch, count_l)
+    tables = [directions.new_empty(batch, count_l, bins) for _ in range(2)]
+    if batch == 0:
+        return values, tables[0], directions.new_empty(0, count_l, 2)
+    with _on(x):
+        edges = _edges_of_box(directions, value_range, batch)
+        masses_y = histogram_y.expand(batch, -1, -1).contiguous()
+        poison = (masses_y[..., 0] < 0).to(torch.int32).contiguous()
+        masses_x = _histogram(x, directions, weights_x, edges, poison, bins)
+        solve = _solve_1 if p == 1 else _solve_2
+        solve([masses_x, masses_y], edges, poison, values, tables, bins)
+    return values, tables[0], edges
+
+
 def binned_backward(
     grad: Tensor,
     points: Tensor,

@@ -418,8 +418,11 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
         mass[j] = __double2ull_rn(weight * kWeightUnit);
       }
     }
+    Line<Real, D> following = lines[0];
     for (int g = 0; g < here; ++g) {
-      const Line<Real, D> line = lines[g];
+      // One ahead: a load waits for the increments that were issued before it.
+      const Line<Real, D> line = following;
+      following = lines[min(g + 1, here - 1)];
       const Row<uint32_t> row(counters + g * row_words);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
@@ -532,10 +535,18 @@ __device__ __forceinline__ void add(Pair<Mass>& sum, uint2 two) {
 template <typename Two>
 __device__ __forceinline__ Pair<Mass> sum_chunks(const void* masses, int64_t at, int64_t chunks,
                                                  int64_t pitch) {
+  constexpr int some = 16;  // loads on their way at a time, the last ones too
   const Two* from = static_cast<const Two*>(masses) + at / 2;
   Pair<Mass> sum = {0, 0};
-#pragma unroll 16
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) add(sum, __ldcg(from + chunk * (pitch / 2)));
+  for (int64_t chunk = 0; chunk < chunks; chunk += some, from += some * (pitch / 2)) {
+    Two loaded[some];
+#pragma unroll
+    for (int j = 0; j < some; ++j) {
+      loaded[j] = chunk + j < chunks ? __ldcg(from + j * (pitch / 2)) : Two();
+    }
+#pragma unroll
+    for (int j = 0; j < some; ++j) add(sum, loaded[j]);
+  }
   return sum;
 }
 
@@ -1013,8 +1024,10 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
     __syncthreads();  // and all are done with the stage before, whose place is free now
     fetch_next();
     const int here = static_cast<int>(min(count - first, static_cast<int64_t>(stage)));
+    Pull<Real, D> following = pulls[pulled];
     for (int g = 0; g < here; ++g) {
-      const Pull<Real, D> pull = pulls[pulled + g];
+      const Pull<Real, D> pull = following;
+      following = pulls[pulled + min(g + 1, here - 1)];
       const Row<Real> table(ring + (now * stage + g) * pitch);
 #pragma unroll
       for (int j = 0; j < P; ++j) {

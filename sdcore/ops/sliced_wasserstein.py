@@ -1,7 +1,7 @@
 """Sliced Wasserstein distance between point sets, with gradient.
 
 From top to bottom: the public function; the reference, which is the specification; the flat ops
-and their gradients; the implementations (plain PyTorch, C++, Triton).
+and their gradients; the implementations (plain PyTorch, C++, Triton, CUDA).
 
 Both methods solve, for each direction, a one-dimensional transport problem. ``exact`` sorts the
 projections. ``binned`` snaps them to the centers of equal bins first: a histogram then replaces
@@ -20,6 +20,7 @@ from sdcore import backends
 from sdcore.ops import registration
 from sdcore.ops import sliced_wasserstein_cuda as cuda
 from sdcore.ops.random_rotations import random_directions, resolve_device
+from sdcore.palette import Palette
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 METHODS = ("exact", "binned")
@@ -32,7 +33,7 @@ MOST_POINTS = (1 << 31) - 1
 
 def sliced_wasserstein(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | Palette,
     *,
     p: int = 1,
     directions: int | Tensor = 64,
@@ -56,7 +57,11 @@ def sliced_wasserstein(
         x: [..., n, d], float32, float64, float16 or bfloat16, any strides.
         y: [..., m, d]; n and m may differ; leading dimensions broadcast with those of x. Two
             dtypes are promoted as PyTorch promotes them. Arithmetic and result are float32
-            (float64 if an input is).
+            (float64 if an input is). Or a :class:`sdcore.Palette` on the device of x, whose
+            colors and weights are then those of y. On a GPU, ``binned`` with a ``value_range``
+            keeps the palette's histograms for as long as the same tensor of directions comes,
+            unchanged: a call then costs what its x costs. A CUDA graph that is captured after
+            such a call holds those histograms, and its replays do not see later directions.
         p: 1 or 2.
         directions: how many to draw, uniformly on the sphere, from ``generator``; or a tensor
             [L, d], taken as it is: unit rows give the distance above, others scale it.
@@ -111,10 +116,22 @@ def sliced_wasserstein(
     A NaN or an infinity among the coordinates makes the value NaN on every direction whose
     projections it reaches, and with it the gradients of that batch element.
     """
+    palette, given = None, directions
+    if isinstance(y, Palette):
+        if weights_y is not None:
+            raise ValueError("weights_y is for y as a tensor; a palette has weights of its own")
+        palette, y, weights_y = y, y.colors, y.weights
     _check_points(x, y)
     _check_options(p, method, bins, value_range, reduction)
     batch = _broadcast_batch(x, y)
     directions = _directions(directions, x, generator)
+    if palette is not None and isinstance(given, Tensor) and value_range is not None:
+        # Nothing is kept where it would be traced; and on a CPU y costs little next to x.
+        keeps = x.is_cuda and directions.dtype == compute_dtype(x.dtype)
+        if keeps and not torch.compiler.is_compiling():
+            return _against_kept(
+                x, palette, given, weights_x, p, bins, tuple(value_range), reduction
+            )
     dtype = torch.promote_types(x.dtype, y.dtype)
     weights_x = _normalized_weights("weights_x", weights_x, x, batch)
     weights_y = _normalized_weights("weights_y", weights_y, y, batch)
@@ -122,7 +139,7 @@ def sliced_wasserstein(
     y = y.to(dtype).expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
     directions = directions.to(compute_dtype(dtype))
 
-    scale = {"mean": 1 / directions.shape[0], "sum": 1.0, "none": None}[reduction]
+    scale = _scale_of(reduction, directions)
     if method == "binned":
         values = _binned(x, y, directions, weights_x, weights_y, p, bins, value_range, scale)[0]
     else:
@@ -130,6 +147,38 @@ def sliced_wasserstein(
         need_x, need_y = track and x.requires_grad, track and y.requires_grad
         values = _exact(x, y, directions, weights_x, weights_y, p, scale, need_x, need_y)[0]
     return values.reshape(*batch, -1) if scale is None else values.reshape(batch)
+
+
+def _against_kept(
+    x: Tensor,
+    palette: Palette,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    bins: int,
+    value_range: tuple[float, float],
+    reduction: str,
+) -> Tensor:
+    """``binned`` against the histograms that the palette keeps."""
+    batch = x.shape[:-2]
+    weights_x = _normalized_weights("weights_x", weights_x, x, batch)
+    plain = directions.detach()
+
+    def count() -> Tensor:
+        colors = palette.colors[None].to(plain.dtype)
+        return _histogram(colors, plain, palette.weights[None], bins, value_range)
+
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    histogram = palette.kept(directions, (bins, value_range, stream), count)
+    scale = _scale_of(reduction, directions)
+    x = x.reshape(-1, *x.shape[-2:])
+    values = _binned_to(x, histogram, plain, weights_x, p, value_range, scale)[0]
+    return values.reshape(*batch, -1) if scale is None else values.reshape(batch)
+
+
+def _scale_of(reduction: str, directions: Tensor) -> float | None:
+    """What the sum over directions is multiplied by; None if there is no sum."""
+    return {"mean": 1 / directions.shape[0], "sum": 1.0, "none": None}[reduction]
 
 
 def reference(
@@ -433,6 +482,68 @@ registration.gradient(_binned, _differentiate_binned, _save_binned)
 registration.once_differentiable(_binned_backward, "sliced_wasserstein")
 
 
+def _fake_histogram(
+    points: Tensor,
+    directions: Tensor,
+    weights: Tensor | None,
+    bins: int,
+    value_range: list[float],
+) -> Tensor:
+    shape = (points.shape[0], directions.shape[0], bins)
+    return directions.new_empty(shape, dtype=torch.int64)
+
+
+# The mass of points in each bin, [B, L, bins], in any unit; -1 throughout where a projection is
+# not finite or a weight NaN.
+_histogram = registration.define(
+    "sliced_wasserstein_histogram(Tensor points, Tensor directions, Tensor? weights, int bins, "
+    "float[] value_range) -> Tensor",
+    _fake_histogram,
+)
+
+
+def _fake_binned_to(
+    x: Tensor,
+    histogram_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    value_range: list[float],
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], directions.shape[0])
+    return (
+        directions.new_empty(shape if scale is None else shape[:1]),
+        directions.new_empty(*shape, histogram_y.shape[-1]),
+        directions.new_empty(*shape, 2),
+    )
+
+
+# sliced_wasserstein_binned against such a histogram, [B or 1, L, bins], of y.
+_binned_to = registration.define(
+    "sliced_wasserstein_binned_to(Tensor x, Tensor histogram_y, Tensor directions, "
+    "Tensor? weights_x, int p, float[] value_range, float? scale) -> (Tensor, Tensor, Tensor)",
+    _fake_binned_to,
+)
+
+
+def _save_binned_to(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, directions, weights_x, *_, ctx.scale = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, directions, weights_x, *output[1:])
+
+
+def _differentiate_binned_to(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    x, directions, weights_x, table, edges = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _binned_backward(grad, x, directions, weights_x, table, edges, ctx.scale)
+    return grad_x, None, None, None, None, None, None
+
+
+registration.gradient(_binned_to, _differentiate_binned_to, _save_binned_to)
+
+
 def _fake_exact(
     x: Tensor,
     y: Tensor,
@@ -624,6 +735,42 @@ def _mass_of_bins(
         mass = (weights * 2.0**52).round()[:, None, :].expand(projections.shape)
     masses = mass.new_zeros(*projections.shape[:2], bins).scatter_add(-1, index, mass)
     return masses * nan_unless_finite(projections, mass).double()[..., None]
+
+
+@backends.register("sliced_wasserstein_histogram", "reference")
+def _histogram_plain(
+    points: Tensor,
+    directions: Tensor,
+    weights: Tensor | None,
+    bins: int,
+    value_range: list[float],
+) -> Tensor:
+    with torch.autocast(points.device.type, enabled=False):
+        projections = project(points, directions)
+    low, high = bounds(projections, projections, directions, value_range)
+    masses = _mass_of_bins(projections, weights, low, high, bins)
+    return masses.nan_to_num(nan=-1).long()
+
+
+@backends.register("sliced_wasserstein_binned_to", "reference")
+def _binned_to_plain(
+    x: Tensor,
+    histogram_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    value_range: list[float],
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_weights(weights_x, None)
+    with torch.autocast(x.device.type, enabled=False):
+        px = project(x, directions)
+    low, high = bounds(px, px, directions, value_range)
+    mass_x = _mass_of_bins(px, weights_x, low, high, histogram_y.shape[-1])
+    mass_y = histogram_y.double().expand(mass_x.shape)
+    mass_y = torch.where(mass_y < 0, math.nan, mass_y)
+    values, table, _ = _between_histograms(mass_x, mass_y, low, high, p)
+    return _reduced(values, scale), table, torch.cat([low, high], -1)
 
 
 @backends.register("sliced_wasserstein_binned_backward", "reference")
@@ -891,6 +1038,23 @@ def _binned_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _reduced(values, scale), table_x, table_y, edges
 
 
+@backends.register("sliced_wasserstein_histogram", "triton")
+def _histogram_triton(*args: Any) -> Tensor:
+    from sdcore.triton_kernels import sliced_wasserstein as kernels
+
+    return kernels.histogram(*args)
+
+
+@backends.register("sliced_wasserstein_binned_to", "triton")
+def _binned_to_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from sdcore.triton_kernels import sliced_wasserstein as kernels
+
+    *others, scale = args
+    _check_weights(args[3], None)
+    values, table, edges = kernels.binned_to(*others)
+    return _reduced(values, scale), table, edges
+
+
 @backends.register("sliced_wasserstein_binned_backward", "triton")
 def _binned_backward_triton(grad: Tensor, points: Tensor, directions: Tensor, *args: Any) -> Tensor:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
@@ -912,5 +1076,15 @@ def _refuses_tables(grad: Tensor, *args: Any) -> str | None:
     return cuda.refuses_bins(args[3].shape[-1], grad.device)
 
 
+def _refuses_histogram(points: Tensor, *args: Any) -> str | None:
+    return cuda.refuses_bins(args[2], points.device)
+
+
+def _refuses_binned_to(x: Tensor, histogram_y: Tensor, *args: Any) -> str | None:
+    return cuda.refuses_bins(histogram_y.shape[-1], x.device)
+
+
 backends.register("sliced_wasserstein_binned", "cuda", _refuses_binned)(cuda.binned)
+backends.register("sliced_wasserstein_binned_to", "cuda", _refuses_binned_to)(cuda.binned_to)
+backends.register("sliced_wasserstein_histogram", "cuda", _refuses_histogram)(cuda.histogram)
 backends.register("sliced_wasserstein_binned_backward", "cuda", _refuses_tables)(cuda.gather)

@@ -636,6 +636,144 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("d", [3, 6])
+@pytest.mark.parametrize("platform", platforms("reference", "triton", "cuda"))
+def test_against_a_histogram(platform: Platform, d: int, rows: int, weighted: bool, p: int) -> None:
+    """Counting y once is the same as counting it in the call."""
+    ops, box, bins = torch.ops.sdcore, [-0.5, 1.5], 40
+    x = torch.rand(2, 50, d, dtype=torch.float64, device=platform.device)
+    y = torch.rand(rows, 60, d, dtype=torch.float64, device=platform.device)
+    directions = torch.randn(5, d, dtype=torch.float64, device=platform.device)
+    wx, wy = (torch.rand(*t.shape[:2], device=platform.device).double() for t in (x, y))
+    wx, wy = ((w / w.sum(1, keepdim=True) if weighted else None) for w in (wx, wy))
+    grown = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with platform.forced():
+        histogram = ops.sliced_wasserstein_histogram(y, directions, wy, bins, box)
+        found = ops.sliced_wasserstein_binned_to(grown[0], histogram, directions, wx, p, box, 0.5)
+        wy = wy if wy is None else wy.expand(2, -1)
+        expected = ops.sliced_wasserstein_binned(
+            grown[1], y.expand(2, -1, -1), directions, wx, wy, p, bins, box, 0.5
+        )
+        gradients = [
+            torch.autograd.grad(values[0].sum(), points)[0]
+            for values, points in ((found, grown[0]), (expected, grown[1]))
+        ]
+    assert histogram.shape == (rows, 5, bins) and histogram.dtype == torch.int64
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found[2], expected[3])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("platform", platforms("reference", "triton", "cuda"))
+def test_a_histogram_of_what_is_not_finite(platform: Platform) -> None:
+    y = torch.rand(2, 30, 3, device=platform.device)
+    y[1, 3, 1] = math.inf
+    x, directions = torch.rand(2, 20, 3).to(y), torch.randn(4, 3).to(y)
+    with platform.forced():
+        histogram = torch.ops.sdcore.sliced_wasserstein_histogram(
+            y, directions, None, 16, [0.0, 1.0]
+        )
+        values, table, _ = torch.ops.sdcore.sliced_wasserstein_binned_to(
+            x, histogram, directions, None, 1, [0.0, 1.0], None
+        )
+    assert (histogram[0].sum(-1) > 0).all() and (histogram[1] == -1).all()
+    assert values[0].isfinite().all() and values[1].isnan().all()
+    assert table[0].isfinite().all() and table[1].isnan().all()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_opcheck_of_histograms(p: int) -> None:
+    x, y = torch.rand(2, 9, 3, requires_grad=True), torch.rand(1, 7, 3)
+    directions, ops = torch.randn(4, 3), torch.ops.sdcore
+    weights = torch.full((1, 7), 1 / 7, dtype=torch.float64)
+    torch.library.opcheck(ops.sliced_wasserstein_histogram, (y, directions, weights, 8, [0.0, 1.0]))
+    histogram = ops.sliced_wasserstein_histogram(y, directions, weights, 8, [0.0, 1.0])
+    for scale in (0.5, None):
+        torch.library.opcheck(
+            ops.sliced_wasserstein_binned_to, (x, histogram, directions, None, p, [0, 1.0], scale)
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("value_range", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("platform", platforms("reference", "cpp", "cuda"))
+def test_a_palette_is_its_weighted_colors(
+    platform: Platform, dtype: torch.dtype, value_range: Any, reduction: str
+) -> None:
+    colors, weights = dyadic_points(40, 3).float(), torch.rand(40)
+    palette = sdcore.Palette(colors, weights).to(platform.device)
+    x = dyadic_points(2, 60, 3).to(platform.device, dtype).requires_grad_()
+    directions = DYADIC_DIRECTIONS.to(platform.device, torch.promote_types(dtype, torch.float32))
+    options: dict[str, Any] = {
+        "directions": directions,
+        "method": "binned",
+        "bins": 64,
+        "reduction": reduction,
+        "value_range": value_range,
+    }
+    with platform.forced():
+        pairs = []
+        for y, more in ((palette, {}), (palette.colors, {"weights_y": palette.weights})):
+            value = sliced_wasserstein(x, y, **options, **more)
+            pairs.append((value, torch.autograd.grad(value.sum(), x)[0]))
+    for ours, expected in zip(*pairs, strict=True):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_palette_has_weights_of_its_own() -> None:
+    palette = sdcore.Palette.from_colors(["#ff8800", "#0022cc"])
+    with pytest.raises(ValueError, match="weights_y is for y as a tensor"):
+        sliced_wasserstein(torch.rand(5, 3), palette, weights_y=torch.ones(2))
+    with pytest.raises(ValueError, match="dimension d of x, 4; got 3"):
+        sliced_wasserstein(torch.rand(5, 4), palette)
+    assert sliced_wasserstein(palette.colors, palette).item() == 0
+
+
+@pytest.mark.gpu
+def test_a_palette_follows_its_directions() -> None:
+    """What is kept is for these directions as they are now, and for no other settings."""
+    palette = sdcore.Palette(torch.rand(500, 3)).to("cuda")
+    x, directions = torch.rand(3000, 3, device="cuda"), torch.randn(6, 3, device="cuda")
+
+    def both(**changes: Any) -> None:
+        options = {"directions": directions, "method": "binned", "value_range": (0, 1)} | changes
+        ours = sliced_wasserstein(x, palette, **options)
+        plain = {"weights_y": palette.weights} | options
+        torch.testing.assert_close(ours, sliced_wasserstein(x, palette.colors, **plain))
+
+    both()
+    both()
+    both(bins=100)
+    both(value_range=(-1, 2))
+    directions += 1
+    both()
+    both(directions=torch.randn(6, 3, device="cuda"))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        both()
+    torch.cuda.synchronize()
+
+    graph = torch.cuda.CUDAGraph()
+    fresh = directions.clone()
+    with torch.cuda.graph(graph):
+        captured = sliced_wasserstein(
+            x, palette, directions=fresh, method="binned", value_range=(0, 1)
+        )
+    both(directions=fresh)
+    fresh.neg_().mul_(2)
+    graph.replay()
+    expected = sliced_wasserstein(
+        x, palette.colors, directions=fresh, weights_y=palette.weights, method="binned",
+        value_range=(0, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(captured, expected)
+
+
 def good() -> dict[str, Any]:
     return {"x": torch.rand(2, 5, 3), "y": torch.rand(2, 4, 3)}
 
