@@ -250,10 +250,8 @@ class _Problem:
             plan = self._plan(n, everyone - n, d, self.batch, self.count, side.weights)
             histograms = self._allocate(plan, plan.chunks)
             found.append(histograms)
-            arguments.append(
-                (described(side.points), address(side.weights), histograms.described(), 0)
-                + (plan.chunks, plan.group)
-            )
+            argument = described(side.points), address(side.weights), histograms.described(), 0
+            arguments.append((*argument, plan.chunks, plan.group))
         self._launch(arguments, self._directions())
         return found
 
