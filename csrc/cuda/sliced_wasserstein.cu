@@ -21,8 +21,8 @@ constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
 constexpr int kSolveThreads = kPart / 2;
 constexpr int kGatherThreads = 512;
-constexpr int kMostDepth = 3;  // stages of tables in shared memory: one in use, two on their way
-constexpr int kMostStage = 4;  // tables of a stage
+constexpr int kDepth = 2;      // stages of tables in shared memory: one in use, one on its way
+constexpr int kMostStage = 6;  // tables of a stage; four in three stages took 5 % longer
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
 constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
 // In the place of a mass: a projection was not finite, or a weight NaN.
@@ -852,7 +852,7 @@ struct GatherWork {
   const void* table;
   const void* edges;
   uint32_t bins;
-  int stage, depth;  // tables of a stage, and stages, of the ring in shared memory
+  int stage;  // tables of a stage of the ring in shared memory
   Points out;
 };
 
@@ -863,13 +863,9 @@ __device__ __forceinline__ void copy_1(Real* to, const Real* from) {
                "n"(sizeof(Real))
                : "memory");
 }
-// Waits until all but the latest `pending` of this thread's groups of copies have arrived.
-__device__ __forceinline__ void wait_for_copies(int pending) {
-  if (pending == 0) {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-  } else {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  }
+// Waits until the copies of this thread's oldest stage have arrived.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 2) : "memory");
 }
 
 // On Hopper and later, one thread has the copy engine fetch a table: copies by all threads were
@@ -975,10 +971,10 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
   const int64_t at = blockIdx.x % tiles * P * blockDim.x + threadIdx.x;
   const Real* tables = static_cast<const Real*>(work.table) + b * count * bins;
 
-  __shared__ uint64_t arrived[kMostDepth];
+  __shared__ uint64_t arrived[kDepth];
 #if SDCORE_COPY_ENGINE
   if (threadIdx.x == 0) {
-    for (int i = 0; i < work.depth; ++i) barrier_init(arrived + i);
+    for (int i = 0; i < kDepth; ++i) barrier_init(arrived + i);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #endif
@@ -992,9 +988,9 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     coming += stage;
-    if (++to == work.depth) to = 0;
+    if (++to == kDepth) to = 0;
   };
-  for (int i = 0; i < work.depth - 1; ++i) fetch_next();
+  for (int i = 0; i < kDepth - 1; ++i) fetch_next();
   Real x[P][D], sum[P][D] = {};
   load<Real, D, P>(work.points, b, at, blockDim.x, x);
   const Real scale = unit_of(Real(), bins);
@@ -1017,7 +1013,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
         pulls[g] = pull;
       }
     }
-    wait_for_copies(work.depth - 2);
+    wait_for_copies();
 #if SDCORE_COPY_ENGINE
     barrier_wait(arrived + now, parity);
 #endif
@@ -1036,7 +1032,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
         for (int k = 0; k < D; ++k) sum[j][k] = fma(slope, pull.theta[k], sum[j][k]);
       }
     }
-    if (++now == work.depth) {
+    if (++now == kDepth) {
       now = 0;
       parity ^= 1;
     }
@@ -1254,8 +1250,7 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
       const auto launch = [&](auto per_thread) {
         const int64_t table = table_pitch<Real>(static_cast<uint32_t>(a.bins)) * sizeof(Real);
         const int64_t room = gpu.shared_per_block - kPulls * sizeof(Pull<Real, dim>) - 64;
-        const int64_t depth = room / table >= 3 ? kMostDepth : 2;
-        const int64_t stage = std::min({room / (depth * table), int64_t{kMostStage},
+        const int64_t stage = std::min({room / (kDepth * table), int64_t{kMostStage},
                                         a.directions.count});
         if (stage == 0) {
           throw std::invalid_argument(std::to_string(a.bins) + " bins don't fit shared memory");
@@ -1275,11 +1270,10 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
                                  a.edges,
                                  static_cast<uint32_t>(a.bins),
                                  static_cast<int>(stage),
-                                 static_cast<int>(depth),
                                  a.out};
         auto* kernel = gather_kernel<Real, dim, per_thread>;
-        allow_shared_memory(kernel, depth * stage * table);
-        kernel<<<grid(blocks), static_cast<unsigned>(threads), depth * stage * table,
+        allow_shared_memory(kernel, kDepth * stage * table);
+        kernel<<<grid(blocks), static_cast<unsigned>(threads), kDepth * stage * table,
                  stream_of(place)>>>(work);
         check(cudaGetLastError(), "the launch of gather_kernel");
       };
