@@ -3,15 +3,21 @@
 ``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]``
 
 Peers: ``torch`` is the vectorized sort with autograd, projections made contiguous for the sort
-(nearly twice as fast on a CPU as sorting a transposed view); ``POT`` is
-ot.sliced_wasserstein_distance on its PyTorch backend. Both are given the same directions.
+(nearly twice as fast on a CPU as sorting a transposed view); ``torch.compile`` is the same,
+compiled; ``POT`` is ot.sliced_wasserstein_distance on its PyTorch backend; ``published loop`` is
+the loss of SW-Guidance as published, one direction at a time. All are given the same directions.
+
+Ours, binned: as it is; ``in [0, 1]`` with that range given, which colors have; and ``kept``
+against a palette whose histograms are kept for these directions.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +27,9 @@ from torch import Tensor
 
 import sdcore
 from benchmarks import measure
+from benchmarks.baselines import sw_guidance
 from benchmarks.measure import Row
-from sdcore import backends
+from sdcore import backends, images
 from sdcore.ops import sliced_wasserstein
 
 GRADIENT_TOLERANCE = {"exact": 0.02, "binned": 0.1}
@@ -56,11 +63,22 @@ class Case:
         x, y = uniform(self.n, 3), uniform(self.n, 3) ** 1.5
         if self.image == "constant":
             x = x[:1].expand(self.n, 3).contiguous()
+        if self.image == "photo":
+            x = _photo(self.n).to(device)
         if self.image == "two colors":
             x = torch.where(uniform(self.n, 1) < 0.5, x[:1], x[1:2])
         directions = torch.randn(self.directions, 3, device=device, generator=generator)
         directions = torch.nn.functional.normalize(directions, dim=1)
         return x.to(self.dtype).requires_grad_(), y.to(self.dtype), directions
+
+
+def _photo(n: int) -> Tensor:
+    """n colors of the photographs in docs, in the order of the pixels."""
+    image = images.read(Path(__file__).parents[1] / "docs" / "recolor.jpg")
+    side = math.isqrt(n)
+    planes = image.permute(2, 0, 1)[None]
+    grown = torch.nn.functional.interpolate(planes, (side, -(-n // side)), mode="bilinear")
+    return grown[0].permute(1, 2, 0).reshape(-1, 3)[:n].clamp(0, 1).contiguous()
 
 
 def torch_sort(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
@@ -78,12 +96,25 @@ def pot(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     return ot.sliced_wasserstein_distance(x, y, projections=directions.T.to(x.dtype), p=1)
 
 
-def ours(backend: str, method: str) -> Callable[..., Tensor]:
-    def loss(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+def ours(backend: str, method: str, **options: Any) -> Callable[..., Tensor]:
+    def loss(x: Tensor, y: Tensor | sdcore.Palette, directions: Tensor) -> Tensor:
         with sdcore.backend(backend):
-            return sliced_wasserstein(x, y, directions=directions, method=method)
+            return sliced_wasserstein(x, y, directions=directions, method=method, **options)
 
     return loss
+
+
+@functools.cache
+def compiled() -> Callable[..., Tensor]:
+    return torch.compile(torch_sort)
+
+
+def with_palettes(inputs: list[Any]) -> list[Any]:
+    """The same with y as a palette that has its histograms for these directions."""
+    found = [(x, sdcore.Palette(y).to(y.device), directions) for x, y, directions in inputs]
+    for arguments in found:
+        ours("cuda", "binned", value_range=(0, 1))(*arguments)
+    return found
 
 
 def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -133,25 +164,26 @@ def run_case(case: Case, device: str, peers: bool) -> list[Row]:
     expected = exact_double(*inputs[0], ties=case.has_ties)
     rivals: dict[str, float] = {}
     rows = []
-    for name, loss in (("torch", torch_sort), ("POT", pot)) if peers else ():
-        if name == "POT" and (case.dtype != torch.float32 or not _installed("ot")):
-            continue
+    for name, loss in _peers(case, device) if peers else ():
         row = _row(case, name, loss, inputs, device)
         row.check = "the peer"
         rivals[name] = row.milliseconds
         rows.append(row)
-    for backend, method in (
-        ("cpp", "exact"),
-        ("cpp", "binned"),
-        ("cuda", "exact"),
-        ("cuda", "binned"),
-        ("triton", "binned"),
+    for backend, method, variant in (
+        ("cpp", "exact", ""),
+        ("cpp", "binned", ""),
+        ("cuda", "exact", ""),
+        ("cuda", "binned", ", kept"),
+        ("cuda", "binned", ", in [0, 1]"),
+        ("cuda", "binned", ""),
+        ("triton", "binned", ""),
     ):
         if not _runs(backend, method, device):
             continue
-        loss = ours(backend, method)
-        check = agreement(with_gradient(loss)(*inputs[0]), expected, method)
-        row = _row(case, f"{backend} {method}", loss, inputs, device)
+        loss = ours(backend, method, **({"value_range": (0, 1)} if variant else {}))
+        these = with_palettes(inputs) if variant == ", kept" else inputs
+        check = agreement(with_gradient(loss)(*these[0]), expected, method)
+        row = _row(case, f"{backend} {method}{variant}", loss, these, device)
         row.check = check
         row.ratios = {rival: taken / row.milliseconds for rival, taken in rivals.items()}
         row.share_of_ceiling = _updates(case, row)
@@ -159,15 +191,27 @@ def run_case(case: Case, device: str, peers: bool) -> list[Row]:
     return rows
 
 
+def _peers(case: Case, device: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    yield "torch", torch_sort
+    if device == "cuda":
+        yield "torch.compile", compiled()
+        if case.n * case.directions <= 1 << 25:
+            yield "published loop", sw_guidance.loss
+    if case.dtype == torch.float32 and _installed("ot"):
+        yield "POT", pot
+
+
 def _updates(case: Case, row: Row) -> str:
-    """Points times directions, both sides, per second: the unit of all histogram ceilings."""
-    return f"{2 * case.n * case.directions / row.milliseconds / 1e6:.3g} G projections/s"
+    """Points times directions, counted and fetched, per second: the unit of both ceilings."""
+    passes = 2 if row.implementation.endswith("kept") else 3
+    return f"{passes * case.n * case.directions / row.milliseconds / 1e6:.3g} G updates and reads/s"
 
 
 def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str) -> Row:
-    repeats = {"torch": 3, "POT": 1}.get(name, 11)
+    repeats = {"torch": 3, "torch.compile": 3, "POT": 1, "published loop": 1}.get(name, 11)
+    graph = name not in ("POT", "published loop", "torch.compile")
     median, spread, how = measure.milliseconds(
-        with_gradient(loss), inputs, device, repeats, graph=name != "POT"
+        with_gradient(loss), inputs, device, repeats, graph=graph
     )
     dtype = str(case.dtype).removeprefix("torch.")
     return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device)
@@ -194,9 +238,8 @@ def cases(device: str, quick: bool) -> list[tuple[Case, bool]]:
             (Case(1048576, 96, torch.float32), True),
             (Case(262144, 32, torch.float32), True),
         ]
-    return found + [
-        (Case(1048576, 32, torch.float32, image), False) for image in ("constant", "two colors")
-    ]
+    kinds = ["constant", "two colors"] + ["photo"] * (device == "cuda")
+    return found + [(Case(1048576, 32, torch.float32, image), False) for image in kinds]
 
 
 def main() -> None:
@@ -212,6 +255,7 @@ def main() -> None:
     measure.finish(rows, arguments.csv)
     if arguments.device == "cuda":
         _print_ceilings()
+        _print_host_part()
 
 
 def _print_ceilings() -> None:
@@ -220,6 +264,14 @@ def _print_ceilings() -> None:
         f"\nceilings in this run: copy {measure.copy_bandwidth() / 1e12:.2f} TB/s; shared memory, "
         f"4096 bins, {updates / 1e9:.0f} G updates/s and {reads / 1e9:.0f} G reads/s"
     )
+
+
+def _print_host_part() -> None:
+    case = Case(262144, 32, torch.float32)
+    taken, _, _ = measure.milliseconds(
+        sw_guidance.host_part, case.inputs("cuda"), "cuda", 1, graph=False
+    )
+    print(f"published loop, {case}: {taken:.0f} ms of it are the host's indices and their copies")
 
 
 if __name__ == "__main__":

@@ -214,11 +214,18 @@ class Palette:
         except RuntimeError:  # of tensors made in inference mode nobody knows the changes
             return make()
         key = version, setting
-        if self._kept is not None and self._kept[0] is directions and self._kept[1] == key:
-            return self._kept[2]
-        made = make()
-        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._kept = directions, key, made
+        if self._kept is None or self._kept[0] is not directions or self._kept[1] != key:
+            made = make()
+            if not _is_capturing(made):
+                self._kept = directions, key, made, _marked(made)
+            return made
+        *_, made, ready = self._kept
+        if ready is not None and not _is_capturing(made):
+            # Another stream than that which made it may be using it: it waits, and so does the
+            # allocator. Capturing begins with a wait for all streams.
+            stream = torch.cuda.current_stream(made.device)
+            stream.wait_event(ready)
+            made.record_stream(stream)
         return made
 
     def __len__(self) -> int:
@@ -243,7 +250,20 @@ class Palette:
     def _hold(self, colors: Tensor, weights: Tensor, device: torch.device) -> None:
         self._colors = _ordinary(colors.to(device))
         self._weights = _ordinary(weights.to(device))
-        self._kept: tuple[Tensor, Hashable, Tensor] | None = None
+        self._kept: tuple[Tensor, Hashable, Tensor, torch.cuda.Event | None] | None = None
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _marked(tensor: Tensor) -> torch.cuda.Event | None:
+    """An event that comes when the tensor has its values."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return event
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

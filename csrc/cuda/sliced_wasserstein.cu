@@ -441,8 +441,10 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
   for (int g = threadIdx.x; g < here; g += blockDim.x) {
     uint32_t* row = counters + g * row_words;
     if constexpr (Weighted) {
-      const unsigned long long last = row[bins] | static_cast<unsigned long long>(row[bins + pitch]) << 32;
-      const unsigned long long sum = last + (row[bins - 1] | static_cast<unsigned long long>(row[bins - 1 + pitch]) << 32);
+      const auto at = [&](uint32_t i) {
+        return row[i] | static_cast<unsigned long long>(row[i + pitch]) << 32;
+      };
+      const unsigned long long sum = at(bins) + at(bins - 1);
       row[bins - 1] = static_cast<uint32_t>(sum);
       row[bins - 1 + pitch] = static_cast<uint32_t>(sum >> 32);
       row[bins] = row[bins + pitch] = 0;
@@ -473,7 +475,8 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) {
-      atomicAdd(totals + g * parts + min(at / static_cast<uint32_t>(kPart), parts - 1), static_cast<unsigned long long>(sum));
+      const uint32_t part = min(at / static_cast<uint32_t>(kPart), parts - 1);
+      atomicAdd(totals + g * parts + part, static_cast<unsigned long long>(sum));
     }
   }
   __syncthreads();
@@ -739,7 +742,8 @@ template <typename Real, int D>
 __global__ void __launch_bounds__(kSolveThreads) moments_kernel(SolveWork<Real> work) {
   const Problem problem = begin<Real, D>(work);
   const double bin = static_cast<double>(problem.bin);
-  const Pair<double> first = {problem.x.x * problem.unit_x * bin, problem.y.x * problem.unit_y * bin};
+  const Pair<double> first = {problem.x.x * problem.unit_x * bin,
+                              problem.y.x * problem.unit_y * bin};
   const Pair<double> second = {problem.x.y * problem.unit_x * (bin + 1),
                                problem.y.y * problem.unit_y * (bin + 1)};
   Pair<double> before, total;
@@ -907,9 +911,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes,
                                           uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 #endif

@@ -168,8 +168,7 @@ def _against_kept(
         colors = palette.colors[None].to(plain.dtype)
         return _histogram(colors, plain, palette.weights[None], bins, value_range)
 
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    histogram = palette.kept(directions, (bins, value_range, stream), count)
+    histogram = palette.kept(directions, (bins, value_range), count)
     scale = _scale_of(reduction, directions)
     x = x.reshape(-1, *x.shape[-2:])
     values = _binned_to(x, histogram, plain, weights_x, p, value_range, scale)[0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -754,6 +755,7 @@ def test_a_palette_follows_its_directions() -> None:
     directions += 1
     both()
     both(directions=torch.randn(6, 3, device="cuda"))
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         both()
     torch.cuda.synchronize()
@@ -771,6 +773,27 @@ def test_a_palette_follows_its_directions() -> None:
         x, palette.colors, directions=fresh, weights_y=palette.weights, method="binned",
         value_range=(0, 1),
     )  # fmt: skip
+    torch.testing.assert_close(captured, expected)
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_what_the_palette_kept() -> None:
+    palette = sdcore.Palette(torch.rand(500, 3)).to("cuda")
+    x, directions = torch.rand(3000, 3, device="cuda"), torch.randn(6, 3, device="cuda")
+
+    def value() -> Tensor:
+        return sliced_wasserstein(
+            x, palette, directions=directions, method="binned", value_range=(0, 1)
+        )
+
+    expected = value()
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules["sdcore.ops.sliced_wasserstein"]  # its name is the function's
+        patch.setattr(module, "_histogram", None)  # so that counting again would fail
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = value()
+    graph.replay()
     torch.testing.assert_close(captured, expected)
 
 

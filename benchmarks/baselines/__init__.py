@@ -1,0 +1,1 @@
+"""Published methods as their authors' code computes them, written anew for comparison."""
