@@ -980,6 +980,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
     for (int i = 0; i < kDepth; ++i) barrier_init(arrived + i);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  __syncthreads();
 #endif
   const int stage = work.stage;
   int64_t coming = 0;
