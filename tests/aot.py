@@ -87,6 +87,8 @@ def run_sliced_wasserstein(
         x, y, directions, weights, weights, p, bins, None
     )
     sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges)
+    known = torch.empty(1, 32, bins, dtype=torch.int64)
+    sliced_wasserstein.binned_to(x, known, directions, weights, p, [0.0, 1.0])
 
 
 def record() -> list[Launch]:
