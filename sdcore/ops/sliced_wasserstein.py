@@ -1068,19 +1068,19 @@ def _binned_backward_triton(grad: Tensor, points: Tensor, directions: Tensor, *a
 
 
 def _refuses_binned(x: Tensor, *args: Any) -> str | None:
-    return cuda.refuses_bins(args[5], x.device)
+    return cuda.refuses_bins(args[5], x)
 
 
-def _refuses_tables(grad: Tensor, *args: Any) -> str | None:
-    return cuda.refuses_bins(args[3].shape[-1], grad.device)
+def _refuses_tables(grad: Tensor, points: Tensor, *args: Any) -> str | None:
+    return cuda.refuses_bins(args[2].shape[-1], points)
 
 
 def _refuses_histogram(points: Tensor, *args: Any) -> str | None:
-    return cuda.refuses_bins(args[2], points.device)
+    return cuda.refuses_bins(args[2], points)
 
 
 def _refuses_binned_to(x: Tensor, histogram_y: Tensor, *args: Any) -> str | None:
-    return cuda.refuses_bins(histogram_y.shape[-1], x.device)
+    return cuda.refuses_bins(histogram_y.shape[-1], x)
 
 
 backends.register("sliced_wasserstein_binned", "cuda", _refuses_binned)(cuda.binned)

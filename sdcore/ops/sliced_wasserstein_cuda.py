@@ -41,14 +41,18 @@ def place(tensor: Tensor) -> tuple[int, int]:
 
 
 @functools.cache
-def most_bins(device: int) -> int:
-    """One direction's histogram of weighted points, 8 bytes a bin, must fit shared memory."""
-    return int(backends.cuda_module().devices()[device]["shared_memory_per_block"]) // 8 - 512
+def most_bins(device: int, double: bool) -> int:
+    """What shared memory holds: a weighted histogram, 8 bytes a bin, or two tables of slopes."""
+    shared = int(backends.cuda_module().devices()[device]["shared_memory_per_block"])
+    return shared // (16 if double else 8) - 512
 
 
-def refuses_bins(bins: int, device: torch.device) -> str | None:
-    most = most_bins(device.index)
-    return f"this GPU's shared memory holds {most} bins, not {bins}" if bins > most else None
+def refuses_bins(bins: int, points: Tensor) -> str | None:
+    double = points.dtype == torch.float64
+    most = most_bins(points.device.index, double)
+    if bins <= most:
+        return None
+    return f"this GPU's shared memory holds {most} {'float64 ' * double}bins, not {bins}"
 
 
 def binned(

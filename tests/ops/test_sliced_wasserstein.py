@@ -776,6 +776,32 @@ def test_a_palette_follows_its_directions() -> None:
     torch.testing.assert_close(captured, expected)
 
 
+@pytest.mark.parametrize("platform", platforms("cuda"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_as_many_bins_as_fit(platform: Platform, dtype: torch.dtype) -> None:
+    """The most bins that CUDA takes work, weighted and backward; one more is refused by name."""
+    module = sys.modules["sdcore.ops.sliced_wasserstein_cuda"]
+    most = module.most_bins(torch.cuda.current_device(), dtype == torch.float64)
+    x = torch.rand(700, 3, dtype=dtype, device="cuda", requires_grad=True)
+    y, directions = torch.rand(600, 3).to(x), torch.randn(2, 3).to(x)
+    weights = torch.rand(700, device="cuda")
+    results = []
+    for backend in ("cuda", "reference"):
+        with sdcore.backend(backend):
+            value = sliced_wasserstein(
+                x, y, directions=directions, weights_x=weights, method="binned", bins=most
+            )
+            results.append((value, torch.autograd.grad(value, x)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=0)
+    apart = (results[0][1] - results[1][1]).norm() / results[1][1].norm()
+    assert apart < (0.05 if dtype == torch.float32 else 1e-9)  # projections on a bin's edge
+    with platform.forced(), pytest.raises(sdcore.backends.BackendError, match=f"not {most + 1}"):
+        sliced_wasserstein(x, y, directions=directions, method="binned", bins=most + 1)
+    assert sliced_wasserstein(
+        x, y, directions=directions, method="binned", bins=most + 1
+    ).isfinite()
+
+
 @pytest.mark.gpu
 def test_a_graph_holds_what_the_palette_kept() -> None:
     palette = sdcore.Palette(torch.rand(500, 3)).to("cuda")
