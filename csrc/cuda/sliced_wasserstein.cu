@@ -32,7 +32,7 @@ __host__ __device__ constexpr uint32_t round_up(uint32_t x, uint32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 __host__ __device__ constexpr uint32_t padded_bins(uint32_t bins) { return round_up(bins, 8); }
-__host__ __device__ constexpr uint32_t parts_of(uint32_t bins) { 
+__host__ __device__ constexpr uint32_t parts_of(uint32_t bins) {
   return (bins + kPart - 1) / kPart;
 }
 
