@@ -1,6 +1,5 @@
 // sdcore._cpu. Tensors arrive as addresses, sizes and strides; the Python side has checked them.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <optional>
@@ -8,37 +7,18 @@
 #include <tuple>
 #include <utility>
 
+#include "../arguments.h"
 #include "sliced_wasserstein.h"
 
 namespace py = pybind11;
-using sdcore::Format;
+using sdcore::Address;
+using sdcore::at;
 using sdcore::Points;
+using sdcore::PointsArgument;
+using sdcore::to_points;
 
 namespace {
 
-// (address, format, [batch, count, dim], strides in elements)
-using PointsArgument =
-    std::tuple<uintptr_t, std::string, std::array<int64_t, 3>, std::array<int64_t, 3>>;
-using Address = uintptr_t;  // 0 for an absent tensor
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Format to_format(const std::string& name) {
-  if (name == "float32") return Format::float32;
-  if (name == "float64") return Format::float64;
-  if (name == "float16") return Format::float16;
-  if (name == "bfloat16") return Format::bfloat16;
-  throw py::value_error("unknown format " + name);
-}
-
-Points to_points(const PointsArgument& argument) {
-  const auto& [address, format, shape, stride] = argument;
-  return {at<void>(address), to_format(format), shape[0],
-          shape[1],          shape[2],          {stride[0], stride[1], stride[2]}};
-}
 
 void binned(const PointsArgument& x, const PointsArgument& y, Address directions,
             int64_t directions_count, Address weights_x, Address weights_y, int p, int64_t bins,

@@ -1,19 +1,9 @@
-// Point sets as callers hold them, and as the kernels read them: blocks of planar coordinates.
+// Point sets as the kernels read them: blocks of planar coordinates.
 #pragma once
 
-#include <cstdint>
+#include "../points.h"
 
 namespace sdcore {
-
-enum class Format { float32, float64, float16, bfloat16 };
-
-// [batch, count, dim] with strides in elements.
-struct Points {
-  void* data;
-  Format format;
-  int64_t batch, count, dim;
-  int64_t stride[3];
-};
 
 // planar[k * pitch + i] = coordinate k of point first + i, as float or double; entries from count
 // to pitch repeat the last point. Double takes float64 points only, float all others.

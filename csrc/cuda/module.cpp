@@ -1,7 +1,6 @@
 // The Python module sdcore._cuda. It knows no torch: tensors arrive as addresses and sizes, and a
 // stream as an integer. Importing it needs neither a GPU nor a driver.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <optional>
@@ -10,22 +9,22 @@
 #include <utility>
 #include <vector>
 
+#include "../arguments.h"
 #include "ceilings.h"
 #include "devices.h"
 #include "sliced_wasserstein.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
-using sdcore::Format;
+using sdcore::Address;
+using sdcore::at;
 using sdcore::Place;
 using sdcore::Points;
+using sdcore::PointsArgument;
+using sdcore::to_points;
 
 namespace {
 
-using Address = uintptr_t;  // 0 for an absent tensor
-// (address, format, [batch, count, dim], strides in elements)
-using PointsArgument =
-    std::tuple<Address, std::string, std::array<int64_t, 3>, std::array<int64_t, 3>>;
 using DirectionsArgument = std::tuple<Address, int64_t>;
 // (masses, totals, bits, pitch, chunks)
 using HistogramsArgument = std::tuple<Address, Address, int, int64_t, int64_t>;
@@ -35,25 +34,6 @@ using SideArgument =
 // ("found" or "given", address) or ("box", low, high)
 using EndsArgument = std::tuple<std::string, Address, double, double>;
 using PlaceArgument = std::tuple<int, Address>;  // (device, stream)
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Format to_format(const std::string& name) {
-  if (name == "float32") return Format::float32;
-  if (name == "float64") return Format::float64;
-  if (name == "float16") return Format::float16;
-  if (name == "bfloat16") return Format::bfloat16;
-  throw py::value_error("unknown format " + name);
-}
-
-Points to_points(const PointsArgument& argument) {
-  const auto& [address, format, shape, stride] = argument;
-  return {at<void>(address), to_format(format), shape[0],
-          shape[1],          shape[2],          {stride[0], stride[1], stride[2]}};
-}
 
 sdcore::Directions to_directions(const DirectionsArgument& argument) {
   return {at<void>(std::get<0>(argument)), std::get<1>(argument)};

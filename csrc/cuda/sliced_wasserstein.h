@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "points.h"
+#include "../points.h"
 
 namespace sdcore {
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from sdcore import backends
 from sdcore.ops import registration
 from sdcore.ops import sliced_wasserstein_cuda as cuda
+from sdcore.ops.pointers import address, described
 from sdcore.ops.random_rotations import random_directions, resolve_device
 from sdcore.palette import Palette
 
@@ -867,19 +868,6 @@ def _exact_slopes(
 # C++. `sdcore._cpu` takes addresses: the tensors must outlive the call, hence the local names.
 
 
-def _described(points: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
-    return (
-        points.data_ptr(),
-        str(points.dtype).removeprefix("torch."),
-        tuple(points.shape),
-        points.stride(),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -902,12 +890,12 @@ def _binned_cpp(
     weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
     if x.shape[0]:
         backends.cpu_module().sliced_wasserstein_binned(
-            _described(x),
-            _described(y),
+            described(x),
+            described(y),
             directions.data_ptr(),
             directions.shape[0],
-            _address(weights_x),
-            _address(weights_y),
+            address(weights_x),
+            address(weights_y),
             p,
             bins,
             None if value_range is None else tuple(value_range),
@@ -934,14 +922,14 @@ def _binned_backward_cpp(
     if points.shape[0]:
         backends.cpu_module().sliced_wasserstein_binned_backward(
             grad.data_ptr(),
-            _described(points),
+            described(points),
             directions.data_ptr(),
             directions.shape[0],
-            _address(weights),
+            address(weights),
             table.data_ptr(),
             edges.data_ptr(),
             table.shape[-1],
-            _described(out),
+            described(out),
             torch.get_num_threads(),
         )
     return out
@@ -1008,14 +996,14 @@ def _sort_cpp(
     weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
     if x.shape[0]:
         backends.cpu_module().sliced_wasserstein_exact(
-            _described(x),
-            _described(y),
+            described(x),
+            described(y),
             directions.data_ptr(),
             directions.shape[0],
-            _address(weights_x),
-            _address(weights_y),
+            address(weights_x),
+            address(weights_y),
             p,
-            _address(grad),
+            address(grad),
             values.data_ptr(),
             grad_x.data_ptr(),
             grad_y.data_ptr(),

@@ -1,7 +1,6 @@
 """Sliced Wasserstein on the CUDA backend: what the kernels work in, and the order of launches.
 
-``sdcore._cuda`` takes addresses: tensors must outlive the call that is given theirs, hence the
-local names. Work memory comes from torch's allocator, which keeps it for this stream.
+Work memory comes from torch's allocator, which keeps it for this stream.
 """
 
 from __future__ import annotations
@@ -14,25 +13,13 @@ import torch
 from torch import Tensor
 
 from sdcore import backends
+from sdcore.ops.pointers import address, described
 
 # Points of up to this many coordinates are projected in the kernels, in registers. Beyond, a
 # matrix product projects them, a bounded number of points at a time, and each direction of each
 # batch element becomes a batch element of one coordinate.
 MOST_COORDINATES = 4
 PROJECTIONS_AT_ONCE = 1 << 24
-
-
-def described(points: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
-    return (
-        points.data_ptr(),
-        str(points.dtype).removeprefix("torch."),
-        tuple(points.shape),
-        points.stride(),
-    )
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
@@ -102,6 +89,8 @@ def histogram(
 ) -> Tensor:
     """Masses [B, L, bins], int64; -1 throughout where a projection is not finite."""
     batch = points.shape[0]
+    if batch == 0:
+        return directions.new_empty(0, directions.shape[0], bins, dtype=torch.int64)
     problem = _Problem([_Side(points, weights)], directions.contiguous(), bins, value_range)
     (found,) = problem.histograms()
     shape = (batch, directions.shape[0], found.chunks)

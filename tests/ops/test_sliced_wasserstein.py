@@ -687,6 +687,20 @@ def test_a_histogram_of_what_is_not_finite(platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("platform", platforms("reference", "triton", "cuda"))
+def test_histograms_of_an_empty_batch(platform: Platform, p: int) -> None:
+    x, directions = torch.rand(0, 9, 3), torch.randn(4, 3)
+    x, directions = x.to(platform.device), directions.to(platform.device)
+    with platform.forced():
+        histogram = torch.ops.sdcore.sliced_wasserstein_histogram(x, directions, None, 8, [0, 1])
+        values, table, edges = torch.ops.sdcore.sliced_wasserstein_binned_to(
+            x, histogram, directions, None, p, [0, 1], 1.0
+        )
+    assert histogram.shape == table.shape == (0, 4, 8)
+    assert values.shape == (0,) and edges.shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("p", [1, 2])
 def test_opcheck_of_histograms(p: int) -> None:
     x, y = torch.rand(2, 9, 3, requires_grad=True), torch.rand(1, 7, 3)
     directions, ops = torch.randn(4, 3), torch.ops.sdcore
