@@ -1,14 +1,37 @@
 """Sliced Wasserstein value and gradient, against what else there is.
 
-``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]``
+``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]
+[--cases PART] [--only PART]``
+
+``--cases`` and ``--only`` measure the cases, and the implementations, whose names have that part:
+``--cases 1,048,576 --only "cuda exact"`` times that one alone, without peers to divide by.
 
 Peers: ``torch`` is the vectorized sort with autograd, projections made contiguous for the sort
 (nearly twice as fast on a CPU as sorting a transposed view); ``torch.compile`` is the same,
-compiled; ``POT`` is ot.sliced_wasserstein_distance on its PyTorch backend; ``published loop`` is
-the loss of SW-Guidance as published, one direction at a time. All are given the same directions.
+compiled for each shape; ``POT`` is ot.sliced_wasserstein_distance on its PyTorch backend;
+``published loop`` is the loss of SW-Guidance as published, one direction at a time, and its
+``GPU part`` the time of that less the time of its host's part, measured alone. All are given the
+same directions. Matrix products are those of float32: TF32 is off, as it is by default.
 
-Ours, binned: as it is; ``in [0, 1]`` with that range given, which colors have; and ``kept``
-against a palette whose histograms are kept for these directions.
+Ours: as it is; ``binned, in [0, 1]`` with that range given, which colors have; and ``kept``
+against a palette that keeps its histograms or sorted projections for these directions.
+
+Share of the ceiling: the time that the work would take at the rates measured in the same run, over
+the time taken. Parts are added up as if none overlapped. The work of N = n L points and directions:
+
+- binned: N updates of a table in shared memory for each side that is counted (kept: x alone), N
+  reads for the gradient to x, and the points' bytes at the bandwidth of a copy. x is read to be
+  counted and again for its gradient, which is written; y is read unless it is kept; both are read
+  once more for a range that is not given.
+- exact: the bytes of a radix sort, 8 bits a pass, at the bandwidth of a copy. Keys have 4 bytes and
+  take 4 passes, 3 if the points have 16 bits; x carries 4 bytes of payload, its order, and y none.
+  A pass reads and writes each key with its payload, and the histograms of digits take one more
+  reading of the keys: N (4 + 2 · passes · 8) bytes for x and N (4 + 2 · passes · 4) for y, which is
+  left out where it is kept. Projecting, matching and scattering the gradient are not in it; and a
+  sort that stays in the cache may do better than a copy.
+- with more than 4 coordinates, either: three products of points and directions, which project x and
+  y (kept: x alone) and bring the gradient back, 2 d N operations each, at the rate of a large
+  float32 product. Up to 4 they are a few instructions beside each update, and not in it.
 """
 
 from __future__ import annotations
@@ -32,7 +55,10 @@ from benchmarks.measure import Row
 from sdcore import backends, images
 from sdcore.ops import sliced_wasserstein
 
+VALUE_TOLERANCE = {"exact": 1e-5, "binned": 1e-3}
 GRADIENT_TOLERANCE = {"exact": 0.02, "binned": 0.1}
+# Up to here kernels project points themselves, beside the counting; beyond, a matrix product does.
+FEW_COORDINATES = 4
 
 
 @dataclass(frozen=True)
@@ -41,18 +67,32 @@ class Case:
     directions: int
     dtype: torch.dtype
     image: str = "random"
+    d: int = 3
 
     def __str__(self) -> str:
-        name = f"n = m = {self.n:,}, d = 3, L = {self.directions}"
+        name = f"n = m = {self.n:,}, d = {self.d}, L = {self.directions}"
         return name if self.image == "random" else f"{name}, {self.image}"
 
     @property
+    def name(self) -> str:
+        return f"{self}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def are_colors(self) -> bool:
+        return self.image != "features"
+
+    @property
     def has_ties(self) -> bool:
-        return self.image != "random" or self.dtype != torch.float32
+        return self.image not in ("random", "features") or self.dtype != torch.float32
+
+    @property
+    def pairs(self) -> int:
+        """Points times directions, of one side."""
+        return self.n * self.directions
 
     def inputs(self, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(x, y, directions), several times over where that makes them cold."""
-        each = 2 * 3 * self.n * torch.empty(0, dtype=self.dtype).element_size()
+        each = 2 * self.d * self.n * self.dtype.itemsize
         generator = torch.Generator(device).manual_seed(0)
         return [self._input(device, generator) for _ in range(measure.sets_for(each, device))]
 
@@ -60,19 +100,34 @@ class Case:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, device=device, generator=generator)
 
+        if not self.are_colors:
+            return self._features(device, generator)
         x, y = uniform(self.n, 3), uniform(self.n, 3) ** 1.5
         if self.image == "constant":
             x = x[:1].expand(self.n, 3).contiguous()
         if self.image == "photo":
-            x = _photo(self.n).to(device)
+            x = photo(self.n).to(device)
         if self.image == "two colors":
             x = torch.where(uniform(self.n, 1) < 0.5, x[:1], x[1:2])
-        directions = torch.randn(self.directions, 3, device=device, generator=generator)
-        directions = torch.nn.functional.normalize(directions, dim=1)
+        directions = unit_vectors(self.directions, 3, generator)
+        return x.to(self.dtype).requires_grad_(), y.to(self.dtype), directions
+
+    def _features(self, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        def normal() -> Tensor:
+            return torch.randn(self.n, self.d, device=device, generator=generator)
+
+        # Far enough apart that the binned W_1 gradient is not a guess.
+        x, y = normal(), 1.5 * normal() + 0.5
+        directions = unit_vectors(self.directions, self.d, generator)
         return x.to(self.dtype).requires_grad_(), y.to(self.dtype), directions
 
 
-def _photo(n: int) -> Tensor:
+def unit_vectors(count: int, d: int, generator: torch.Generator) -> Tensor:
+    directions = torch.randn(count, d, device=generator.device, generator=generator)
+    return torch.nn.functional.normalize(directions, dim=1)
+
+
+def photo(n: int) -> Tensor:
     """n colors of the photographs in docs, in the order of the pixels."""
     image = images.read(Path(__file__).parents[1] / "docs" / "recolor.jpg")
     side = math.isqrt(n)
@@ -104,17 +159,60 @@ def ours(backend: str, method: str, **options: Any) -> Callable[..., Tensor]:
     return loss
 
 
+@dataclass(frozen=True)
+class Ours:
+    """One way to call ours: a method on a backend; variant is "", "in [0, 1]" or "kept"."""
+
+    backend: str
+    method: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.method}" + f", {self.variant}" * bool(self.variant)
+
+    @property
+    def kept(self) -> bool:
+        return self.variant == "kept"
+
+    def loss(self) -> Callable[..., Tensor]:
+        in_range = self.variant and self.method == "binned"
+        return ours(self.backend, self.method, **({"value_range": (0, 1)} if in_range else {}))
+
+    def runs(self, case: Case, device: str) -> bool:
+        """A palette and the range of colors are for colors; Triton is measured on those alone."""
+        if not case.are_colors and (self.variant or self.backend == "triton"):
+            return False
+        reason = backends.unavailable(self.backend)
+        reason = reason or backends.unsuitable_device(self.backend, device)
+        return reason is None and backends.has(f"sliced_wasserstein_{self.method}", self.backend)
+
+
+OURS = (
+    Ours("cpp", "exact"),
+    Ours("cpp", "binned"),
+    Ours("cuda", "exact", "kept"),
+    Ours("cuda", "exact"),
+    Ours("cuda", "binned", "kept"),
+    Ours("cuda", "binned", "in [0, 1]"),
+    Ours("cuda", "binned"),
+    Ours("triton", "binned"),
+)
+
+
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    return torch.compile(torch_sort)
+    return torch.compile(torch_sort, dynamic=False)
 
 
-def with_palettes(inputs: list[Any]) -> list[Any]:
-    """The same with y as a palette that has its histograms for these directions."""
+def with_palettes(inputs: list[Any], method: str = "binned") -> list[Any]:
+    """The same with y as a palette that was called with these directions; empty if it kept nothing
+    of that, for then the method has no kept form."""
+    loss = Ours("cuda", method, "kept").loss()
     found = [(x, sdcore.Palette(y).to(y.device), directions) for x, y, directions in inputs]
     for arguments in found:
-        ours("cuda", "binned", value_range=(0, 1))(*arguments)
-    return found
+        loss(*arguments)
+    return found if all(palette._kept is not None for _, palette, _ in found) else []
 
 
 def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -130,11 +228,11 @@ def agreement(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], met
     value, gradient = (t.double() for t in found)
     value_error = ((value - expected[0]).abs() / expected[0]).item()
     gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
-    limit = GRADIENT_TOLERANCE[method]
-    if not (value_error < 1e-3 and gradient_error < limit):
+    limits = VALUE_TOLERANCE[method], GRADIENT_TOLERANCE[method]
+    if not (value_error < limits[0] and gradient_error < limits[1]):
         raise AssertionError(
             f"{method}: value off by {value_error:.2g}, gradient by {gradient_error:.2g} "
-            f"(limits 1e-3 and {limit:.2g})"
+            f"(limits {limits[0]:.2g} and {limits[1]:.2g})"
         )
     return f"value {value_error:.0e}, gradient {gradient_error:.0e}"
 
@@ -154,39 +252,41 @@ def exact_double(x: Tensor, y: Tensor, directions: Tensor, ties: bool) -> tuple[
         gradient += torch.autograd.grad(part, x)[0]
     if not ties:
         return value, gradient
-    _, color, count = points.float().unique(dim=0, return_inverse=True, return_counts=True)
-    shared = gradient.new_zeros(len(count), 3).index_add_(0, color, gradient) / count[:, None]
-    return value, shared[color]
+    return value, shared_by_equals(gradient, points)
 
 
-def run_case(case: Case, device: str, peers: bool) -> list[Row]:
+def shared_by_equals(gradient: Tensor, points: Tensor) -> Tensor:
+    """The mean over equal points of their gradients."""
+    _, color, count = points.double().unique(dim=0, return_inverse=True, return_counts=True)
+    total = gradient.new_zeros(len(count), points.shape[1]).index_add_(0, color, gradient)
+    return (total / count[:, None])[color]
+
+
+def run_case(
+    case: Case, device: str, peers: bool, only: str, ceilings: measure.Ceilings | None
+) -> list[Row]:
+    rivals = [found for found in _peers(case, device) if peers and only in found[0]]
+    wanted = [one for one in OURS if only in one.name and one.runs(case, device)]
+    if not rivals and not wanted:
+        return []
     inputs = case.inputs(device)
-    expected = exact_double(*inputs[0], ties=case.has_ties)
-    rivals: dict[str, float] = {}
-    rows = []
-    for name, loss in _peers(case, device) if peers else ():
-        row = _row(case, name, loss, inputs, device)
-        row.check = "the peer"
-        rivals[name] = row.milliseconds
+    rows, taken = [], {}
+    for name, loss in rivals:
+        row, parts = _peer_row(case, name, loss, inputs, device)
         rows.append(row)
-    for backend, method, variant in (
-        ("cpp", "exact", ""),
-        ("cpp", "binned", ""),
-        ("cuda", "exact", ""),
-        ("cuda", "binned", ", kept"),
-        ("cuda", "binned", ", in [0, 1]"),
-        ("cuda", "binned", ""),
-        ("triton", "binned", ""),
-    ):
-        if not _runs(backend, method, device):
+        taken |= parts
+    expected = exact_double(*inputs[0], ties=case.has_ties) if wanted else None
+    for one in wanted:
+        these = with_palettes(inputs, one.method) if one.kept else inputs
+        if not these:
+            print(f"no row for {one.name}: nothing was kept")
             continue
-        loss = ours(backend, method, **({"value_range": (0, 1)} if variant else {}))
-        these = with_palettes(inputs) if variant == ", kept" else inputs
-        check = agreement(with_gradient(loss)(*these[0]), expected, method)
-        row = _row(case, f"{backend} {method}{variant}", loss, these, device)
+        loss = one.loss()
+        check = agreement(with_gradient(loss)(*these[0]), expected, one.method)
+        row = _row(case, one.name, loss, these, device)
         row.check = check
-        row.ratios = {rival: taken / row.milliseconds for rival, taken in rivals.items()}
-        row.share_of_ceiling = _updates(case, row)
+        row.ratios = {rival: time / row.milliseconds for rival, time in taken.items()}
+        row.share_of_ceiling = _rate(case, one, row.milliseconds * 1e-3, ceilings)
         rows.append(row)
     return rows
 
@@ -195,16 +295,60 @@ def _peers(case: Case, device: str) -> Iterator[tuple[str, Callable[..., Tensor]
     yield "torch", torch_sort
     if device == "cuda":
         yield "torch.compile", compiled()
-        if case.n * case.directions <= 1 << 25:
+        if case.are_colors and case.pairs <= 1 << 25:
             yield "published loop", sw_guidance.loss
-    if case.dtype == torch.float32 and _installed("ot"):
+    if case.are_colors and case.dtype == torch.float32 and _installed("ot"):
         yield "POT", pot
 
 
-def _updates(case: Case, row: Row) -> str:
-    """Points times directions, counted and fetched, per second: the unit of both ceilings."""
-    passes = 2 if row.implementation.endswith("kept") else 3
-    return f"{passes * case.n * case.directions / row.milliseconds / 1e6:.3g} G updates and reads/s"
+def _peer_row(
+    case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str
+) -> tuple[Row, dict[str, float]]:
+    """The row, and the times in it that ours are compared with."""
+    row = _row(case, name, loss, inputs, device)
+    row.check = "the peer"
+    if name != "published loop":
+        return row, {name: row.milliseconds}
+    host, _, _ = measure.milliseconds(sw_guidance.host_part, inputs, device, 1, graph=False)
+    rest = row.milliseconds - host
+    row.check += f"; {host:.3g} ms of it host (indices and their copies), {rest:.3g} ms GPU"
+    return row, {name: row.milliseconds, f"{name}'s GPU part": rest}
+
+
+def _rate(case: Case, one: Ours, seconds: float, ceilings: measure.Ceilings | None) -> str:
+    """What was done a second, and the share of the ceiling where those were measured."""
+    sides = 1 if one.kept else 2
+    if one.method == "binned":
+        rate = f"{(sides + 1) * case.pairs / seconds / 1e9:.3g} G updates and reads/s"
+    else:
+        rate = f"{sides * case.pairs / seconds / 1e9:.3g} G keys/s"
+    if ceilings is None:
+        return rate
+    if one.method == "exact":
+        rate += f", {sorting_bytes(case, one) / seconds / 1e12:.3g} TB/s"
+    return f"{rate}, {time_at_ceilings(case, one, ceilings) / seconds:.0%} of the ceiling"
+
+
+def time_at_ceilings(case: Case, one: Ours, ceilings: measure.Ceilings) -> float:
+    """Seconds; the file's docstring says of what."""
+    sides = 1 if one.kept else 2
+    if one.method == "exact":
+        time = sorting_bytes(case, one) / ceilings.copy
+    else:
+        readings = {"kept": 2, "in [0, 1]": 3, "": 5}[one.variant]
+        moved = (readings + 1) * case.n * case.d * case.dtype.itemsize
+        time = sides * case.pairs / ceilings.updates + case.pairs / ceilings.reads
+        time += moved / ceilings.copy
+    if case.d > FEW_COORDINATES:
+        time += (sides + 1) * 2 * case.d * case.pairs / ceilings.products
+    return time
+
+
+def sorting_bytes(case: Case, one: Ours) -> int:
+    """What a radix sort of the keys moves; the file's docstring has the formula."""
+    passes = 3 if case.dtype.itemsize == 2 else 4
+    x, y = (4 + 2 * passes * entry for entry in (8, 4))
+    return case.pairs * (x if one.kept else x + y)
 
 
 def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str) -> Row:
@@ -217,11 +361,6 @@ def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], 
     return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device)
 
 
-def _runs(backend: str, method: str, device: str) -> bool:
-    reason = backends.unavailable(backend) or backends.unsuitable_device(backend, device)
-    return reason is None and backends.has(f"sliced_wasserstein_{method}", backend)
-
-
 def _installed(module: str) -> bool:
     import importlib.util
 
@@ -231,7 +370,8 @@ def _installed(module: str) -> bool:
 def cases(device: str, quick: bool) -> list[tuple[Case, bool]]:
     if quick:
         return [(Case(65536, 32, torch.float32), True)]
-    found = [(Case(1048576, 32, torch.float32), True)]
+    features = Case(16384, 256, torch.float32, "features", d=256)
+    found = [(Case(1048576, 32, torch.float32), True), (features, True)]
     if device == "cuda":
         found += [
             (Case(589824, 30, torch.bfloat16), True),
@@ -247,31 +387,29 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="one small case")
     parser.add_argument("--csv", type=Path, help="write the rows there")
+    parser.add_argument("--cases", default="", metavar="PART", help="only cases so named")
+    parser.add_argument("--only", default="", metavar="PART", help="only implementations so named")
     arguments = parser.parse_args()
+    device = arguments.device
+    ceilings = _ceilings() if device == "cuda" else None
     rows = []
-    for case, peers in cases(arguments.device, arguments.quick):
-        print(f"{case}, {case.dtype} …", flush=True)
-        rows += run_case(case, arguments.device, peers)
+    for case, peers in cases(device, arguments.quick):
+        if arguments.cases not in case.name:
+            continue
+        print(f"{case.name} …", flush=True)
+        rows += run_case(case, device, peers, arguments.only, ceilings)
+    if not rows:
+        parser.error("nothing of that name runs here")
     measure.finish(rows, arguments.csv)
-    if arguments.device == "cuda":
-        _print_ceilings()
-        _print_host_part()
 
 
-def _print_ceilings() -> None:
-    updates, reads = measure.shared_memory_rates()
-    print(
-        f"\nceilings in this run: copy {measure.copy_bandwidth() / 1e12:.2f} TB/s; shared memory, "
-        f"4096 bins, {updates / 1e9:.0f} G updates/s and {reads / 1e9:.0f} G reads/s"
-    )
-
-
-def _print_host_part() -> None:
-    case = Case(262144, 32, torch.float32)
-    taken, _, _ = measure.milliseconds(
-        sw_guidance.host_part, case.inputs("cuda"), "cuda", 1, graph=False
-    )
-    print(f"published loop, {case}: {taken:.0f} ms of it are the host's indices and their copies")
+def _ceilings() -> measure.Ceilings | None:
+    if reason := backends.unavailable("cuda"):
+        print(f"no ceilings: the kernels that measure them cannot run here: {reason}")
+        return None
+    ceilings = measure.ceilings()
+    print(f"ceilings in this run: {ceilings}")
+    return ceilings
 
 
 if __name__ == "__main__":

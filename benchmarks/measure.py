@@ -77,38 +77,60 @@ def _on_cpu(
 def _on_gpu(
     function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int, graph: bool
 ) -> tuple[list[float], str]:
-    calls = [lambda arguments=arguments: function(*arguments) for arguments in inputs]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
+        for arguments in inputs[:3]:
+            function(*arguments)
     torch.cuda.synchronize()
+
+    def calls() -> None:
+        for arguments in inputs:
+            function(*arguments)
+
     if graph:
-        calls = [_captured(call) for call in calls]
-    for call in calls:
-        call()
+        # One graph of all calls: a replay launches two kernels for PyTorch's random state and waits
+        # for the host, 20 µs that are none of the function's.
+        whole = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(whole):
+            calls()
+        calls = whole.replay
+    calls()
     samples = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for call in calls:
-            call()
+        calls()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) / len(calls))
+        samples.append(begin.elapsed_time(end) / len(inputs))
     return samples, "graph" if graph else "eager"
-
-
-def _captured(call: Callable[[], Any]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def sets_for(bytes_each: int, device: str) -> int:
     """How many sets of inputs make them cold on a GPU; on a CPU one, used over and over."""
     return max(2, -(-COLD_BYTES // bytes_each)) if device == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a GPU does in a second: bytes that a copy reads and writes, updates and reads of a table
+    in shared memory, operations of a float32 matrix product."""
+
+    copy: float
+    updates: float
+    reads: float
+    products: float
+
+    def __str__(self) -> str:
+        return (
+            f"copy {self.copy / 1e12:.2f} TB/s; shared memory, 4096 bins, "
+            f"{self.updates / 1e9:.0f} G updates/s and {self.reads / 1e9:.0f} G reads/s; "
+            f"float32 products {self.products / 1e12:.1f} Tflop/s"
+        )
+
+
+def ceilings() -> Ceilings:
+    return Ceilings(copy_bandwidth(), *shared_memory_rates(), product_rate())
 
 
 def copy_bandwidth() -> float:
@@ -149,22 +171,36 @@ def shared_memory_rates(bins: int = 4096) -> tuple[float, float]:
     return done / (updates * 1e-3), done / (reads * 1e-3)
 
 
+def product_rate(size: int = 4096) -> float:
+    """Operations per second, two a multiply-add, of a square float32 matrix product."""
+    a, b = (torch.randn(size, size, device="cuda") for _ in range(2))
+    median, _, _ = milliseconds(torch.mm, [(a, b)], "cuda")
+    return 2 * size**3 / (median * 1e-3)
+
+
 def finish(rows: list[Row], path: Path | None) -> None:
     """Fill in what all rows share, print the table, write the CSV."""
+    shared = versions(), commit(), time.strftime("%Y-%m-%d")
     for row in rows:
-        row.device, row.versions = device_name(row.device), versions()
-        row.commit, row.date = commit(), time.strftime("%Y-%m-%d")
+        row.device = device_name(row.device)
+        row.versions, row.commit, row.date = shared
     print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
     print_table(rows)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            for row in rows:
-                ratios = "; ".join(f"{k} {v:.3g}" for k, v in row.ratios.items())
-                writer.writerow(asdict(row) | {"ratios": ratios})
-        print(f"\nwritten to {path}")
+        lines = [
+            asdict(row) | {"ratios": "; ".join(f"{k} {v:.3g}" for k, v in row.ratios.items())}
+            for row in rows
+        ]
+        write_csv([f.name for f in fields(Row)], lines, path)
+
+
+def write_csv(head: Sequence[str], lines: Sequence[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, head)
+        writer.writeheader()
+        writer.writerows(lines)
+    print(f"\nwritten to {path}")
 
 
 def print_table(rows: list[Row]) -> None:
@@ -182,6 +218,11 @@ def print_table(rows: list[Row]) -> None:
         )
         for row in rows
     ]
+    print_lines(head, lines)
+
+
+def print_lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Columns, each as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     for line in (head, *lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))

@@ -109,3 +109,92 @@ def sliced_wasserstein_gather(
     place: Place,
     /,
 ) -> None: ...
+
+# Radix sort; csrc/cuda/sort.h. Two buffers each of keys and of 32-bit payload (0: none).
+
+Buffers = tuple[int, int]
+
+def radix_sort_workspace(
+    count: int, key_bytes: int, with_payload: bool, bits: int, device: int, /
+) -> int: ...
+def radix_sort(
+    keys: Buffers,
+    payload: Buffers,
+    key_bytes: int,
+    count: int,
+    bits: int,
+    workspace: int,
+    bytes: int,
+    place: Place,
+    /,
+) -> int: ...
+
+# The stages of sliced Wasserstein by sorting; csrc/cuda/sliced_wasserstein_exact.h.
+
+Pass = tuple[int, int, int]  # first, slots, directions
+Kept = tuple[int, int, int, bool]  # values, levels, count, one
+Sorted = tuple[int, Kept, int, int, int, int]  # keys, kept, number, slopes, moments, count
+
+def sliced_wasserstein_grid(
+    extremes: int,
+    kept: Kept,
+    weights: tuple[int, int],
+    count: tuple[int, int],
+    batch: int,
+    directions: int,
+    bits: int,
+    exponents: int,
+    poison: int,
+    is_double: bool,
+    place: Place,
+    /,
+) -> None: ...
+def sliced_wasserstein_keys(
+    points: Points,
+    directions: Directions,
+    pass_: Pass,
+    bits: int,
+    exponents: int,
+    poison: int,
+    keys: int,
+    number: int,
+    place: Place,
+    /,
+) -> None: ...
+def sliced_wasserstein_project(
+    points: Points, directions: Directions, pass_: Pass, out: int, place: Place, /
+) -> None: ...
+def sliced_wasserstein_prefix_chunks(count: int, /) -> int: ...
+def sliced_wasserstein_levels(
+    number: int, weights: int, count: int, pass_: Pass, levels: int, totals: int, place: Place, /
+) -> None: ...
+def sliced_wasserstein_transport_blocks(n: int, m: int, /) -> int: ...
+def sliced_wasserstein_transport(
+    x: Sorted,
+    y: Sorted,
+    pass_: Pass,
+    bits: int,
+    exponents: int,
+    poison: int,
+    p: int,
+    costs: int,
+    totals: int,
+    values: int,
+    is_double: bool,
+    place: Place,
+    /,
+) -> None: ...
+def sliced_wasserstein_pull(
+    slopes: int,
+    directions: Directions,
+    dim: int,
+    count: int,
+    pass_: Pass,
+    grad: int,
+    scale: float,
+    weights: int,
+    out: int,
+    is_double: bool,
+    place: Place,
+    /,
+) -> None: ...

@@ -192,6 +192,11 @@ class Palette:
         return self._weights
 
     @property
+    def has_equal_weights(self) -> bool:
+        """Whether there is as much of each color. Known without a look at the device."""
+        return self._equal
+
+    @property
     def device(self) -> torch.device:
         return self._colors.device
 
@@ -200,9 +205,11 @@ class Palette:
         colors = self._colors.to(_checked_device(device, optional=False))
         if colors is self._colors:
             return self
-        return self._of(colors, self._weights, colors.device)
+        return self._of(colors, self._weights, colors.device, self._equal)
 
-    def kept(self, directions: Tensor, setting: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def kept(
+        self, directions: Tensor, setting: Hashable, make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         """What ``make()`` returned the last time, if it was for these directions, not changed
         since, and an equal setting; else what it returns now.
 
@@ -216,16 +223,17 @@ class Palette:
         key = version, setting
         if self._kept is None or self._kept[0] is not directions or self._kept[1] != key:
             made = make()
-            if not _is_capturing(made):
-                self._kept = directions, key, made, _marked(made)
+            if not _is_capturing(made[0]):
+                self._kept = directions, key, made, _marked(made[0])
             return made
         *_, made, ready = self._kept
-        if ready is not None and not _is_capturing(made):
+        if ready is not None and not _is_capturing(made[0]):
             # Another stream than that which made it may be using it: it waits, and so does the
             # allocator. Capturing begins with a wait for all streams.
-            stream = torch.cuda.current_stream(made.device)
+            stream = torch.cuda.current_stream(made[0].device)
             stream.wait_event(ready)
-            made.record_stream(stream)
+            for tensor in made:
+                tensor.record_stream(stream)
         return made
 
     def __len__(self) -> int:
@@ -241,16 +249,24 @@ class Palette:
         return f"Palette({len(self)} {noun}: {', '.join(names)}; device={str(self.device)!r})"
 
     @classmethod
-    def _of(cls, colors: Tensor, weights: Tensor, device: torch.device) -> Palette:
+    def _of(
+        cls, colors: Tensor, weights: Tensor, device: torch.device, equal: bool | None = None
+    ) -> Palette:
         """From colors that are distinct and in order, and weights that sum to one."""
         palette = cls.__new__(cls)
-        palette._hold(colors, weights, device)
+        palette._hold(colors, weights, device, equal)
         return palette
 
-    def _hold(self, colors: Tensor, weights: Tensor, device: torch.device) -> None:
+    def _hold(
+        self, colors: Tensor, weights: Tensor, device: torch.device, equal: bool | None = None
+    ) -> None:
+        """``equal``: whether weights are; None: they are on the CPU, and are looked at."""
+        self._equal = bool((weights == weights[0]).all()) if equal is None else equal
         self._colors = _ordinary(colors.to(device))
         self._weights = _ordinary(weights.to(device))
-        self._kept: tuple[Tensor, Hashable, Tensor, torch.cuda.Event | None] | None = None
+        self._kept: tuple[Tensor, Hashable, tuple[Tensor, ...], torch.cuda.Event | None] | None = (
+            None
+        )
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -1073,18 +1073,21 @@ def test_importing_needs_no_pillow() -> None:
 def test_keeps_the_latest_only() -> None:
     palette, made = Palette.from_colors(["#000", "#fff"]), []
 
-    def make() -> torch.Tensor:
+    def make() -> tuple[torch.Tensor]:
         made.append(None)
-        return torch.tensor(len(made))
+        return (torch.tensor(len(made)),)
+
+    def kept(directions: torch.Tensor, setting: int) -> float:
+        return palette.kept(directions, setting, make)[0].item()
 
     first, second = torch.rand(3, 3), torch.rand(3, 3)
-    assert [palette.kept(first, 1, make).item() for _ in range(3)] == [1, 1, 1]
-    assert palette.kept(first, 2, make).item() == 2
-    assert palette.kept(first, 1, make).item() == 3
-    assert palette.kept(second, 1, make).item() == 4
-    assert palette.kept(first, 1, make).item() == 5
+    assert [kept(first, 1) for _ in range(3)] == [1, 1, 1]
+    assert kept(first, 2) == 2
+    assert kept(first, 1) == 3
+    assert kept(second, 1) == 4
+    assert kept(first, 1) == 5
     first.mul_(2)
-    assert [palette.kept(first, 1, make).item() for _ in range(2)] == [6, 6]
+    assert [kept(first, 1) for _ in range(2)] == [6, 6]
     with torch.inference_mode():
         unknown = torch.rand(3, 3)
-    assert [palette.kept(unknown, 1, make).item() for _ in range(2)] == [7, 8]
+    assert [kept(unknown, 1) for _ in range(2)] == [7, 8]

@@ -24,16 +24,34 @@ MOST_COORDINATES = 4
 PROJECTIONS_AT_ONCE = 1 << 24
 # Weights are added as integers of 2^-62, so that the sum does not depend on the order.
 WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
-# A program's directions and points, as measured for 32 directions of 1,048,576 points on an H200.
-# Counting is bound by the atomics of the second-level cache, 85 G a second when they spread over
-# many addresses, which more directions help: 411 µs a side, where (8, 512) takes 625.
-RANGE_TILE = (4, 1024)  # 100 µs for both sides; (8, 512) takes 126
+# A program's directions and points. Counting in memory is bound by the atomics of the second-level
+# cache, 85 G a second when they spread over many addresses, which more directions help: 411 µs a
+# side for 32 directions of 1,048,576 points on an H200, where (8, 512) takes 625.
+RANGE_TILE = (4, 2048)
+RANGE_WARPS = 4
 HISTOGRAM_TILE = (32, 128)
-BACKWARD_TILE = (1, 1024)  # with 8 warps 71 µs; tiles of several directions took 110 and more
+BACKWARD_POINTS = 1024  # with 8 warps 71 µs; tiles of several directions took 110 and more
 SLOPE_TILE = (8, 512)
 WARPS = 4
-# Bins that one program holds at a time when it solves a direction's problem.
+# 48 KiB are what a program may declare in PTX.
+SHARED_WORDS = 12288
+# A program that counts in shared memory: its points at a time, half as many if weighted, and its
+# threads; how many of them a multiprocessor gets, for which a thread may have 64 registers; and its
+# most directions, whose lines are kept in registers: four spill.
+SHARED_HISTOGRAM_POINTS = 2048
+SHARED_HISTOGRAM_WARPS = 16
+SHARED_HISTOGRAM_PROGRAMS = 2
+SHARED_HISTOGRAM_REGISTERS = 64
+SHARED_HISTOGRAM_DIRECTIONS = 3
+# A program that fetches slopes from shared memory, where so many tables lie at most: one in use,
+# the others on their way. With 16 points a thread more registers are needed than there are for
+# two programs.
+SHARED_BACKWARD_POINTS = 4096
+SHARED_BACKWARD_WARPS = 16
+SHARED_BACKWARD_TABLES = 3
+# Bins that one program holds at a time when it solves a direction's problem, for p = 2 and p = 1.
 BINS = 1024
+BINS_1, WARPS_1 = 2048, 16
 
 
 @triton.jit
@@ -60,34 +78,125 @@ def _projections(
 
 
 @triton.jit
-def _bins(projection, low, high, bins):
-    """Bin of each projection, and whether it is finite. Those that are not go to bin 0 or last."""
+def _scale(edges, slot, bins):
+    """A projection's place in bins is ``scale * projection + offset``."""
+    low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
     scale = tl.where(high > low, bins / (high - low), 0.0)
-    position = (projection - low) * scale
-    finite = tl.abs(position) < float("inf")  # false for NaN
-    inside = tl.minimum(tl.where(position > 0, position, 0.0), bins - 1)
-    return inside.to(tl.int32), finite
+    return scale, -low * scale
+
+
+@triton.jit
+def _bins(projection, scale, offset, bins):
+    """Bin of each projection; NaN goes to bin 0.
+
+    Written as one fused operation, so that it rounds alike in all kernels.
+    """
+    place = tl.fma(projection, scale, offset)
+    place = tl.where(place > 0, place, 0.0)
+    return tl.minimum(place, bins - 1).to(tl.int32)
+
+
+@triton.jit
+def _coordinate(at, valid, wanted: tl.constexpr, REAL: tl.constexpr):
+    if wanted:
+        return tl.load(at, mask=valid, other=0.0).to(REAL)
+    else:
+        return tl.zeros(at.shape, REAL)
+
+
+@triton.jit
+def _coordinates(at, valid, sd, D: tl.constexpr, REAL: tl.constexpr):
+    """Four coordinates of each point, of which D are read and the others zero."""
+    x0 = _coordinate(at, valid, True, REAL)
+    x1 = _coordinate(at + sd, valid, D > 1, REAL)
+    x2 = _coordinate(at + 2 * sd, valid, D > 2, REAL)
+    x3 = _coordinate(at + 3 * sd, valid, D > 3, REAL)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _direction(direction, D: tl.constexpr):
+    """Four coordinates of each direction, of which D are read and the others zero."""
+    theta0 = tl.load(direction)
+    theta1 = theta0 * 0
+    theta2 = theta1
+    theta3 = theta1
+    if D > 1:
+        theta1 = tl.load(direction + 1)
+    if D > 2:
+        theta2 = tl.load(direction + 2)
+    if D > 3:
+        theta3 = tl.load(direction + 3)
+    return theta0, theta1, theta2, theta3
+
+
+@triton.jit
+def _dot(x0, x1, x2, x3, theta0, theta1, theta2, theta3, D: tl.constexpr):
+    value = x0 * theta0
+    if D > 1:
+        value = tl.fma(x1, theta1, value)
+    if D > 2:
+        value = tl.fma(x2, theta2, value)
+    if D > 3:
+        value = tl.fma(x3, theta3, value)
+    return value
+
+
+@triton.jit
+def edges_kernel(
+    directions, edges, low: tl.float64, high: tl.float64, slots, count_l,
+    D: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """edges[slot]: the ends of the box's projection, or without KNOWN those of an empty set."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = slot < slots
+    REAL: tl.constexpr = directions.dtype.element_ty
+    if KNOWN:
+        least = tl.zeros([BLOCK], REAL)
+        most = least
+        for k in range(D):
+            theta = tl.load(directions + slot % count_l * D + k, mask=valid, other=0.0)
+            a, b = theta * tl.full([], low, REAL), theta * tl.full([], high, REAL)
+            least += tl.minimum(a, b)
+            most += tl.maximum(a, b)
+    else:
+        least = tl.full([BLOCK], float("inf"), REAL)
+        most = -least
+    at = edges + slot.to(tl.int64) * 2
+    tl.store(at, least, mask=valid)
+    tl.store(at + 1, most, mask=valid)
 
 
 @triton.jit
 def range_kernel(
-    points, directions, least, most, n, count_l, blocks, sb, sn, sd,
+    points, directions, edges, n, count_l, blocks, sb, sn, sd,
     D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """least, most [b, block, direction]: the ends of the projections of each block of points."""
+    """Widens edges[b, direction] to the projections of a block of points.
+
+    Where there is no more point or direction, the last one comes again.
+    """
     block = tl.program_id(0) % blocks
     b = tl.program_id(0) // blocks
-    dirs = tl.program_id(1) * DIRECTIONS + tl.arange(0, DIRECTIONS)
-    rows = block * POINTS + tl.arange(0, POINTS)
-    known = dirs < count_l
-    dirs = tl.where(known, dirs, 0)
-    inside = known[:, None] & (rows < n)[None, :]
-    value = _projections(
-        points, directions, b, dirs, rows, inside, sb, sn, sd, D, PROJECTED
-    )  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * count_l + dirs
-    tl.store(least + at, tl.min(tl.where(inside, value, float("inf")), 1), mask=known)
-    tl.store(most + at, tl.max(tl.where(inside, value, float("-inf")), 1), mask=known)
+    rows = tl.minimum(block * POINTS + tl.arange(0, POINTS), n - 1)
+    REAL: tl.constexpr = directions.dtype.element_ty
+    points += b.to(tl.int64) * sb + rows.to(tl.int64) * sn
+    if not PROJECTED:
+        x0, x1, x2, x3 = _coordinates(points, rows < n, sd, D, REAL)
+    for first in range(0, count_l, DIRECTIONS):
+        dirs = tl.minimum(first + tl.arange(0, DIRECTIONS), count_l - 1)
+        if PROJECTED:
+            value = tl.load(points[None, :] + dirs.to(tl.int64)[:, None] * sd).to(REAL)
+        else:
+            theta0, theta1, theta2, theta3 = _direction(directions + dirs * D, D)
+            value = _dot(
+                x0[None, :], x1[None, :], x2[None, :], x3[None, :],
+                theta0[:, None], theta1[:, None], theta2[:, None], theta3[:, None], D,
+            )  # fmt: skip
+        at = edges + (b.to(tl.int64) * count_l + dirs) * 2
+        # Adding zero makes -0 a zero, which atomics on numbers' bits would take for less.
+        tl.atomic_min(at, tl.min(value, 1) + 0.0, sem="relaxed")
+        tl.atomic_max(at + 1, tl.max(value, 1) + 0.0, sem="relaxed")
 
 
 @triton.jit
@@ -109,9 +218,9 @@ def histogram_kernel(
     inside = known[:, None] & (rows < n)[None, :]
     value = _projections(points, directions, b, dirs, rows, inside, sb, sn, sd, D, PROJECTED)
     slot = b.to(tl.int64) * count_l + dirs
-    low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
-    index, finite = _bins(value, low[:, None], high[:, None], bins)
-    bad = ~finite
+    scale, offset = _scale(edges, slot, bins)
+    index = _bins(value, scale[:, None], offset[:, None], bins)
+    bad = ~(tl.abs(value) < float("inf"))  # also for NaN
     target = histogram + slot[:, None] * bins + index
     if weights is not None:
         at = weights + b.to(tl.int64) * count_n + first + rows
@@ -126,6 +235,154 @@ def histogram_kernel(
         tl.atomic_add(target, tl.full(inside.shape, 1, tl.int32), mask=inside, sem="relaxed")
     marks = (poison + slot)[:, None].broadcast_to(inside.shape)
     tl.store(marks, tl.full(inside.shape, 1, tl.int32), mask=inside & bad)
+
+
+@triton.jit
+def _shared_array(WORDS: tl.constexpr):
+    """Address of so many words of shared memory, which Triton itself has no name for."""
+    return tl.inline_asm_elementwise(
+        f"{{ .shared .align 16 .b32 sdcore_words[{WORDS}]; mov.u32 $0, sdcore_words; }}",
+        "=r", [], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shared_store(address, value):
+    tl.inline_asm_elementwise(
+        "st.shared.b32 [$1], $2; mov.b32 $0, 0;",
+        "=r,r,r", [address, value], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shared_load(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [address], tl.uint32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _shared_increment(address):
+    tl.inline_asm_elementwise(
+        "red.shared.add.u32 [$1], 1; mov.b32 $0, 0;",
+        "=r,r", [address], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shared_add_wide(address, mass, HIGH: tl.constexpr):
+    """Adds 64 bits as two halves, HIGH bytes apart: shared memory has no such atomic."""
+    tl.inline_asm_elementwise(
+        f"""{{ .reg .b32 low, high, before;
+        mov.b64 {{low, high}}, $2;
+        atom.shared.add.u32 before, [$1], low;
+        add.cc.u32 before, before, low;
+        addc.u32 high, high, 0;
+        red.shared.add.u32 [$1+{HIGH}], high;
+        mov.b32 $0, 0; }}""",
+        "=r,r,l", [address, mass], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _line(directions, edges, slot, number, counters, bins, D: tl.constexpr):
+    """What a direction's points are counted with, in registers."""
+    theta0, theta1, theta2, theta3 = _direction(directions + number * D, D)
+    scale, offset = _scale(edges, slot, bins)
+    return theta0, theta1, theta2, theta3, scale, offset, counters
+
+
+# Without knowing that these strides are one, Triton gives each thread single elements, so that all
+# blocks have one layout: it would change layouts in shared memory, of which none is left.
+@triton.jit(do_not_specialize=["sn", "sw"])
+def shared_histogram_kernel(
+    points, directions, weights, edges, histogram, poison, n, count_l, chunks, each,
+    sb, sn, sd, sw, bins,
+    D: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, POINTS: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """What histogram_kernel does, in the shared memory of an NVIDIA chip, for 32-bit numbers.
+
+    A program counts a chunk of ``each`` points for GROUP directions in WORDS words, twice as many
+    if weighted, and then adds them to the histogram. Elementwise assembly runs once for each
+    element, provided that blocks have an element or more for each thread. STEP: the threads, as
+    many words as are zeroed or added in one step.
+    """
+    chunk = tl.program_id(0) % chunks
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(1) * GROUP
+    begin = chunk.to(tl.int64) * each
+    count = tl.maximum(tl.minimum(n - begin, each), 0).to(tl.int32)
+    rows = tl.arange(0, POINTS)
+    points += b * sb + begin * sn + rows.to(tl.int64) * sn
+    if weights is not None:
+        weights += b * n + begin + rows.to(tl.int64) * sw
+    REAL: tl.constexpr = directions.dtype.element_ty
+    PLANES: tl.constexpr = 1 if weights is None else 2
+    base = _shared_array(PLANES * WORDS)
+    words = tl.arange(0, STEP)
+    for i in range(0, PLANES * WORDS, STEP):
+        _shared_store(base + (i + words) * 4, tl.zeros([STEP], tl.int32))
+
+    lines = ()
+    checks = ()
+    for g in tl.static_range(GROUP):
+        number = tl.minimum(first + g, count_l - 1)
+        lines += _line(
+            directions, edges, b * count_l + number, number, base + g * bins * 4, bins, D
+        )
+        checks += (tl.zeros([POINTS], REAL),)
+    tl.debug_barrier()
+
+    for start in range(0, count, POINTS):
+        valid = rows < count - start
+        x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
+        points += POINTS * sn.to(tl.int64)
+        if weights is not None:
+            weight = tl.load(weights, mask=valid, other=0.0)
+            weights += POINTS * sw
+            mass = (tl.where(weight > 0, weight, 0.0) * WEIGHT_UNIT).to(tl.int64)
+        found = ()
+        for g in tl.static_range(GROUP):
+            theta0, theta1, theta2, theta3, scale, offset, counters = lines[7 * g : 7 * g + 7]
+            value = _dot(x0, x1, x2, x3, theta0, theta1, theta2, theta3, D)
+            address = counters + _bins(value, scale, offset, bins) * 4
+            if weights is not None:
+                _shared_add_wide(address, mass, WORDS * 4)
+            else:
+                _shared_increment(address)
+            check = checks[g] + value * 0.0  # NaN from the first that is not finite
+            if weights is not None:
+                check = tl.where(weight == weight, check, float("nan"))
+            found += (check,)
+        checks = found
+    tl.debug_barrier()
+
+    here = tl.minimum(count_l - first, GROUP)
+    target = histogram + (b * count_l + first) * bins
+    for i in range(0, WORDS, STEP):
+        valid = i + words < here * bins
+        counted = _shared_load(base + (i + words) * 4)
+        if weights is not None:
+            high = _shared_load(base + (WORDS + i + words) * 4)
+            counted = (high.to(tl.int64) << 32) | counted.to(tl.int64)
+        else:
+            counted = counted.to(tl.int32)
+        tl.atomic_add(target + i + words, counted, mask=valid & (counted != 0), sem="relaxed")
+    for g in tl.static_range(GROUP):
+        check = checks[g]
+        slot = b * count_l + tl.minimum(first + g, count_l - 1)
+        marks = (poison + slot).broadcast_to(check.shape)
+        tl.store(marks, tl.full(check.shape, 1, tl.int32), mask=check != check)
+        if weights is None:
+            # What was read past the end of the chunk were zeros, which don't count.
+            theta0, theta1, theta2, theta3, scale, offset, counters = lines[7 * g : 7 * g + 7]
+            bin_of_zero = _bins(theta0 * 0.0, scale, offset, bins)
+            extra = tl.cdiv(count, POINTS) * POINTS - count
+            tl.atomic_add(
+                target + g * bins + bin_of_zero, -extra, mask=(g < here) & (extra > 0),
+                sem="relaxed",
+            )  # fmt: skip
 
 
 @triton.jit
@@ -169,8 +426,8 @@ def solve_1_kernel(
         f, f_before = end_x.to(tl.float64) / total_x, (end_x - count_x).to(tl.float64) / total_x
         g, g_before = end_y.to(tl.float64) / total_y, (end_y - count_y).to(tl.float64) / total_y
         gap += tl.where(valid, tl.abs(f - g), 0.0)
-        slope_x = _slope_1(f_before, f, g_before, g)
-        slope_y = _slope_1(g_before, g, f_before, f)
+        slope_x = _slope_1(f_before, f, g_before, g, REAL)
+        slope_y = _slope_1(g_before, g, f_before, f, REAL)
         slope_x = tl.where(bad, nan, tl.where(count_x > 0, slope_x, 0.0))
         slope_y = tl.where(bad, nan, tl.where(count_y > 0, slope_y, 0.0))
         tl.store(table_x + slot * bins + columns, slope_x.to(REAL), mask=valid)
@@ -180,10 +437,11 @@ def solve_1_kernel(
 
 
 @triton.jit
-def _slope_1(f_before, f, g_before, g):
+def _slope_1(f_before, f, g_before, g, REAL: tl.constexpr):
     from_below = tl.maximum(0.0, tl.minimum(g_before, f) - f_before)
     from_above = tl.maximum(0.0, f - tl.maximum(g, f_before))
-    return (from_below - from_above) / (f - f_before)
+    # A division in float64 takes some 30 instructions: not if the result is float32.
+    return (from_below - from_above).to(REAL) / (f - f_before).to(REAL)
 
 
 @triton.jit
@@ -283,66 +541,105 @@ def solve_2_kernel(
 
 
 @triton.jit
-def _coordinate(points, rows, valid, sn, offset, wanted: tl.constexpr, REAL: tl.constexpr):
-    if wanted:
-        return tl.load(points + rows.to(tl.int64) * sn + offset, mask=valid, other=0.0).to(REAL)
-    else:
-        return tl.zeros(rows.shape, REAL)
+def _start_copy(address, row, chunk, count):
+    """Chunks below ``count`` of a row, 16 bytes each, to shared memory, while the program goes on.
+
+    Pointers are made here, where the compiler can't keep one for each chunk: registers are scarce.
+    """
+    tl.inline_asm_elementwise(
+        """{ .reg .pred wanted; .reg .b32 to; .reg .b64 from;
+        setp.lt.s32 wanted, $3, $4;
+        mad.lo.s32 to, $3, 16, $1;
+        mad.wide.s32 from, $3, 16, $2;
+        @wanted cp.async.cg.shared.global [to], [from], 16;
+        mov.b32 $0, 0; }""",
+        "=r,r,l,r,r", [address, row, chunk, count], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
+def _close_copies():
+    tl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _await_copies(OPEN: tl.constexpr):
+    """All but the last OPEN groups of copies have arrived, those of this thread."""
+    tl.inline_asm_elementwise(
+        f"cp.async.wait_group {OPEN}; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
+    )
+
+
+# As in shared_histogram_kernel, one layout for all.
+@triton.jit(do_not_specialize=["sn", "on", "sw"])
 def backward_kernel(
     grad, points, directions, weights, table, edges, out, n, count_l, blocks,
-    sb, sn, sd, ob, on, od, bins,
-    D: tl.constexpr, POINTS: tl.constexpr,
+    sb, sn, sd, ob, on, od, sw, bins,
+    D: tl.constexpr, TABLES: tl.constexpr, CHUNKS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of points of up to four coordinates, summed over all directions.
 
-    One direction at a time: a tile of several would have to be summed across threads.
+    One direction at a time: a tile of several would have to be summed across threads. TABLES: the
+    tables are 32-bit, go through a ring of so many in an NVIDIA chip's shared memory, and are
+    copied by CHUNKS copies of 16 bytes each; zero: entries are read from memory.
     """
     block = tl.program_id(0) % blocks
-    b = tl.program_id(0) // blocks
+    b = (tl.program_id(0) // blocks).to(tl.int64)
     rows = block * POINTS + tl.arange(0, POINTS)
     valid = rows < n
     REAL: tl.constexpr = directions.dtype.element_ty
-    points += b.to(tl.int64) * sb
-    x0 = _coordinate(points, rows, valid, sn, 0, True, REAL)
-    x1 = _coordinate(points, rows, valid, sn, sd, D > 1, REAL)
-    x2 = _coordinate(points, rows, valid, sn, 2 * sd, D > 2, REAL)
-    x3 = _coordinate(points, rows, valid, sn, 3 * sd, D > 3, REAL)
+    points += b * sb + rows.to(tl.int64) * sn
+    x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
     sum0 = tl.zeros([POINTS], REAL)
     sum1 = sum0
     sum2 = sum0
     sum3 = sum0
+    table += b * count_l * bins
+    if TABLES:
+        base = _shared_array(TABLES * CHUNKS * 4)
+        chunks = tl.arange(0, CHUNKS)
+        for early in tl.static_range(TABLES - 1):
+            wanted = tl.where(early < count_l, bins // 4, 0)
+            _start_copy(base + early * CHUNKS * 16, table + early * bins, chunks, wanted)
+            _close_copies()
+        slot_here = 0
+        slot_ahead = TABLES - 1
     for number in range(count_l):
-        slot = b.to(tl.int64) * count_l + number
-        direction = directions + number * D
-        theta0 = tl.load(direction)
-        value = x0 * theta0
+        slot = b * count_l + number
+        theta0, theta1, theta2, theta3 = _direction(directions + number * D, D)
+        scale, offset = _scale(edges, slot, bins)
+        pull = tl.load(grad + slot)
+        index = _bins(_dot(x0, x1, x2, x3, theta0, theta1, theta2, theta3, D), scale, offset, bins)
+        if TABLES:
+            _await_copies(TABLES - 2)
+            # This table is complete, and nobody reads the one before it any more.
+            tl.debug_barrier()
+            wanted = tl.where(number + TABLES - 1 < count_l, bins // 4, 0)
+            row = table + (TABLES - 1) * bins
+            _start_copy(base + slot_ahead * CHUNKS * 16, row, chunks, wanted)
+            _close_copies()
+            slope = _shared_load(base + slot_here * CHUNKS * 16 + index * 4)
+            slope = slope.to(REAL, bitcast=True)
+            slot_here = tl.where(slot_here == TABLES - 1, 0, slot_here + 1)
+            slot_ahead = tl.where(slot_ahead == TABLES - 1, 0, slot_ahead + 1)
+        else:
+            slope = tl.load(table + index, mask=valid, other=0.0)
+        table += bins
+        sum0 += slope * (theta0 * pull)
         if D > 1:
-            theta1 = tl.load(direction + 1)
-            value += x1 * theta1
+            sum1 += slope * (theta1 * pull)
         if D > 2:
-            theta2 = tl.load(direction + 2)
-            value += x2 * theta2
+            sum2 += slope * (theta2 * pull)
         if D > 3:
-            theta3 = tl.load(direction + 3)
-            value += x3 * theta3
-        index, _ = _bins(value, tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1), bins)
-        slope = tl.load(table + slot * bins + index, mask=valid, other=0.0)
-        slope *= tl.load(grad + slot)
-        sum0 += slope * theta0
-        if D > 1:
-            sum1 += slope * theta1
-        if D > 2:
-            sum2 += slope * theta2
-        if D > 3:
-            sum3 += slope * theta3
+            sum3 += slope * (theta3 * pull)
     if weights is not None:
-        mass = tl.load(weights + b.to(tl.int64) * n + rows, mask=valid, other=0.0).to(REAL)
+        weights += b * n + rows.to(tl.int64) * sw
+        mass = tl.load(weights, mask=valid, other=0.0).to(REAL)
     else:
         mass = 1.0 / tl.full([], n, REAL)  # n = 1 is a constant, without .to
-    at = out + b.to(tl.int64) * ob + rows.to(tl.int64) * on
+    at = out + b * ob + rows.to(tl.int64) * on
     kind: tl.constexpr = out.dtype.element_ty
     tl.store(at, (sum0 * mass).to(kind), mask=valid)
     if D > 1:
@@ -368,8 +665,8 @@ def slope_kernel(
     inside = known[:, None] & (rows < n)[None, :]
     value = _projections(projections, directions, b, dirs, rows, inside, sb, 1, sl, 1, True)
     slot = b.to(tl.int64) * count_l + dirs
-    low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
-    index, _ = _bins(value, low[:, None], high[:, None], bins)
+    scale, offset = _scale(edges, slot, bins)
+    index = _bins(value, scale[:, None], offset[:, None], bins)
     slope = tl.load(table + slot[:, None] * bins + index, mask=inside, other=0.0)
     slope *= tl.load(grad + slot)[:, None]
     at = projections + b.to(tl.int64) * sb + dirs[:, None].to(tl.int64) * sl + rows[None, :]
@@ -394,10 +691,10 @@ def binned(
     if batch == 0:
         return values, *tables, directions.new_empty(0, count_l, 2)
     with _on(x):
+        edges = _edges(directions, value_range, batch)
         if value_range is None:
-            edges = _edges_of_data(x, y, directions)
-        else:
-            edges = _edges_of_box(directions, value_range, batch)
+            for points in (x, y):
+                _widen(edges, points, directions)
         poison = torch.zeros(batch, count_l, dtype=torch.int32, device=x.device)
         histograms = [
             _histogram(points, directions, weights, edges, poison, bins)
@@ -421,7 +718,7 @@ def histogram(
     if batch == 0:
         return directions.new_empty(0, count_l, bins, dtype=torch.int64)
     with _on(points):
-        edges = _edges_of_box(directions, value_range, batch)
+        edges = _edges(directions, value_range, batch)
         poison = torch.zeros(batch, count_l, dtype=torch.int32, device=points.device)
         masses = _histogram(points, directions, weights, edges, poison, bins)
     return torch.where(poison[..., None] != 0, -1, masses.long())
@@ -443,7 +740,7 @@ def binned_to(
     if batch == 0:
         return values, tables[0], directions.new_empty(0, count_l, 2)
     with _on(x):
-        edges = _edges_of_box(directions, value_range, batch)
+        edges = _edges(directions, value_range, batch)
         masses_y = histogram_y.expand(batch, -1, -1).contiguous()
         poison = (masses_y[..., 0] < 0).to(torch.int32).contiguous()
         masses_x = _histogram(x, directions, weights_x, edges, poison, bins)
@@ -470,12 +767,17 @@ def binned_backward(
     count_l, bins = table.shape[1:]
     with _on(points):
         if d <= MOST_COORDINATES:
-            _, long = _tile(BACKWARD_TILE, directions)
+            tables = _tables_shared(table)
+            if tables:
+                long, warps = SHARED_BACKWARD_POINTS, SHARED_BACKWARD_WARPS
+            else:
+                (_, long), warps = _tile((1, BACKWARD_POINTS), directions), 8
             blocks = triton.cdiv(n, long)
             backward_kernel[(blocks * batch,)](
                 grad, points, directions, None if weights is None else weights.contiguous(),
-                table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), bins,
-                D=d, POINTS=long, num_warps=8,
+                table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), 1, bins,
+                D=d, TABLES=tables, POINTS=long, num_warps=warps,
+                CHUNKS=_chunks(bins),
             )  # fmt: skip
             return out
         for first, slopes in _projected(points, directions):
@@ -525,29 +827,28 @@ def _passes(points: Tensor, directions: Tensor) -> Iterator[tuple[int, int, Tens
         yield first, projections.shape[-1], projections.mT, True
 
 
-def _edges_of_data(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+def _edges(directions: Tensor, value_range: list[float] | None, batch: int) -> Tensor:
+    """Ends of the bins [B, L, 2]; without a range for ``_widen`` to begin with."""
     count_l, d = directions.shape
-    least, most = [], []
-    for points in (x, y):
-        batch = points.shape[0]
-        for _, n, source, projected in _passes(points, directions):
-            wide, long = _tile(RANGE_TILE, directions)
-            blocks = triton.cdiv(n, long)
-            ends = directions.new_empty(2, batch, blocks, count_l)
-            range_kernel[(blocks * batch, triton.cdiv(count_l, wide))](
-                source, directions, ends[0], ends[1], n, count_l, blocks, *source.stride(),
-                D=d, PROJECTED=projected, DIRECTIONS=wide, POINTS=long, num_warps=WARPS,
-            )  # fmt: skip
-            least.append(ends[0].amin(1))
-            most.append(ends[1].amax(1))
-    return torch.stack([torch.stack(least).amin(0), torch.stack(most).amax(0)], -1)
+    edges = directions.new_empty(batch, count_l, 2)
+    low, high = value_range or (0.0, 0.0)
+    edges_kernel[(triton.cdiv(batch * count_l, 128),)](
+        directions, edges, float(low), float(high), batch * count_l, count_l,
+        D=d, KNOWN=value_range is not None, BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return edges
 
 
-def _edges_of_box(directions: Tensor, value_range: list[float], batch: int) -> Tensor:
-    low, high = value_range
-    ends = torch.stack([directions * low, directions * high])
-    edges = torch.stack([ends.amin(0).sum(-1), ends.amax(0).sum(-1)], -1)
-    return edges.expand(batch, -1, -1).contiguous()
+def _widen(edges: Tensor, points: Tensor, directions: Tensor) -> None:
+    batch, count_l = edges.shape[:2]
+    for _, n, source, projected in _passes(points, directions):
+        wide, long = _tile(RANGE_TILE, directions)
+        blocks = triton.cdiv(n, long)
+        range_kernel[(blocks * batch,)](
+            source, directions, edges, n, count_l, blocks, *source.stride(),
+            D=points.shape[-1], PROJECTED=projected, DIRECTIONS=wide, POINTS=long,
+            num_warps=RANGE_WARPS,
+        )  # fmt: skip
 
 
 def _histogram(
@@ -563,6 +864,21 @@ def _histogram(
     weights = None if weights is None else weights.contiguous()
     kind = torch.int32 if weights is None else torch.int64
     histogram = torch.zeros(batch, count_l, bins, device=points.device, dtype=kind)
+    group = _directions_shared(directions, weights, bins)
+    if group:
+        long = SHARED_HISTOGRAM_POINTS // (1 if weights is None else 2)
+        groups = triton.cdiv(count_l, group)
+        programs = SHARED_HISTOGRAM_PROGRAMS * _multiprocessors(points)
+        chunks = max(1, min(programs // (groups * batch), triton.cdiv(count_n, long)))
+        each = triton.cdiv(triton.cdiv(count_n, chunks), long) * long
+        shared_histogram_kernel[(chunks * batch, groups)](
+            points, directions, weights, edges, histogram, poison, count_n, count_l, chunks, each,
+            *points.stride(), 1, bins,
+            D=d, GROUP=group, WORDS=triton.cdiv(group * bins, 1024) * 1024, POINTS=long,
+            STEP=32 * SHARED_HISTOGRAM_WARPS, num_warps=SHARED_HISTOGRAM_WARPS,
+            maxnreg=SHARED_HISTOGRAM_REGISTERS,
+        )  # fmt: skip
+        return histogram
     for first, n, source, projected in _passes(points, directions):
         wide, long = _tile(HISTOGRAM_TILE, directions)
         blocks = triton.cdiv(n, long)
@@ -574,6 +890,39 @@ def _histogram(
     return histogram
 
 
+def speaks_ptx(tensor: Tensor) -> bool:
+    """Whether kernels for this tensor may hold PTX: it is how they reach shared memory."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _directions_shared(directions: Tensor, weights: Tensor | None, bins: int) -> int:
+    """Directions that a program counts in shared memory; 0 if it cannot."""
+    count_l, d = directions.shape
+    if not speaks_ptx(directions) or d > MOST_COORDINATES or directions.dtype != torch.float32:
+        return 0
+    words = SHARED_WORDS if weights is None else SHARED_WORDS // 2
+    return min(words // bins, SHARED_HISTOGRAM_DIRECTIONS, count_l)
+
+
+def _tables_shared(table: Tensor) -> int:
+    """Tables that a program keeps in shared memory; 0 if it cannot: a ring has two or more."""
+    bins = table.shape[-1]
+    # Copies of 16 bytes need rows that begin at multiples of 16 bytes.
+    if not speaks_ptx(table) or table.dtype != torch.float32 or bins % 4 or table.data_ptr() % 16:
+        return 0
+    tables = min(SHARED_WORDS // (4 * _chunks(bins)), SHARED_BACKWARD_TABLES)
+    return tables if tables > 1 else 0
+
+
+def _chunks(bins: int) -> int:
+    """Copies of 16 bytes for a table: a power of two, and one or more a thread."""
+    return max(triton.next_power_of_2(triton.cdiv(bins, 4)), 32 * SHARED_BACKWARD_WARPS)
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def _solve_1(
     histograms: list[Tensor],
     edges: Tensor,
@@ -583,7 +932,7 @@ def _solve_1(
     bins: int,
 ) -> None:
     solve_1_kernel[(values.numel(),)](
-        *histograms, edges, poison, values, *tables, bins, BLOCK=BINS, num_warps=8
+        *histograms, edges, poison, values, *tables, bins, BLOCK=BINS_1, num_warps=WARPS_1
     )
 
 

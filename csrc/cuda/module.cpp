@@ -13,6 +13,8 @@
 #include "ceilings.h"
 #include "devices.h"
 #include "sliced_wasserstein.h"
+#include "sliced_wasserstein_exact.h"
+#include "sort.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -112,6 +114,92 @@ void gather(Address grad, std::array<int64_t, 2> grad_stride, const PointsArgume
   sdcore::sliced_wasserstein_gather(arguments, to_place(place));
 }
 
+using PassArgument = std::tuple<int64_t, int64_t, int64_t>;           // (first, slots, directions)
+using KeptArgument = std::tuple<Address, Address, int64_t, bool>;     // (values, levels, count, one)
+// (keys, kept, number, slopes, moments, count)
+using SortedArgument = std::tuple<Address, KeptArgument, Address, Address, Address, int64_t>;
+
+sdcore::Pass to_pass(const PassArgument& argument) {
+  const auto& [first, slots, directions] = argument;
+  return {first, slots, directions};
+}
+
+sdcore::Kept to_kept(const KeptArgument& argument) {
+  const auto& [values, levels, count, one] = argument;
+  return {at<void>(values), at<double>(levels), count, one};
+}
+
+sdcore::SortedSide to_sorted(const SortedArgument& argument) {
+  const auto& [keys, kept, number, slopes, moments, count] = argument;
+  return {at<void>(keys),   to_kept(kept),       at<uint32_t>(number),
+          at<void>(slopes), at<double>(moments), count};
+}
+
+int sort(const std::array<Address, 2>& keys, const std::array<Address, 2>& payload, int key_bytes,
+         int64_t count, int bits, Address workspace, size_t bytes, const PlaceArgument& place) {
+  const sdcore::SortBuffers buffers{{at<void>(keys[0]), at<void>(keys[1])},
+                                    {at<void>(payload[0]), at<void>(payload[1])},
+                                    key_bytes,
+                                    count};
+  return sdcore::radix_sort(buffers, bits, at<void>(workspace), bytes, to_place(place));
+}
+
+void make_grid(Address extremes, const KeptArgument& kept, const std::array<Address, 2>& weights,
+               const std::array<int64_t, 2>& count, int64_t batch, int64_t directions, int bits,
+               Address exponents, Address poison, bool is_double, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_grid({at<void>(extremes),
+                                   to_kept(kept),
+                                   {at<double>(weights[0]), at<double>(weights[1])},
+                                   {count[0], count[1]},
+                                   batch,
+                                   directions,
+                                   bits,
+                                   at<int>(exponents),
+                                   at<int>(poison),
+                                   is_double},
+                                  to_place(place));
+}
+
+void keys(const PointsArgument& points, const DirectionsArgument& directions,
+          const PassArgument& pass, int bits, Address exponents, Address poison, Address keys,
+          Address number, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_keys(
+      {to_points(points), to_directions(directions), to_pass(pass), bits, at<int>(exponents),
+       at<int>(poison), at<void>(keys), at<uint32_t>(number)},
+      to_place(place));
+}
+
+void project(const PointsArgument& points, const DirectionsArgument& directions,
+             const PassArgument& pass, Address out, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_project(to_points(points), to_directions(directions), to_pass(pass),
+                                     at<void>(out), to_place(place));
+}
+
+void levels(Address number, Address weights, int64_t count, const PassArgument& pass,
+            Address levels, Address totals, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_levels(at<uint32_t>(number), at<double>(weights), count,
+                                    to_pass(pass), at<double>(levels), at<void>(totals),
+                                    to_place(place));
+}
+
+void transport(const SortedArgument& x, const SortedArgument& y, const PassArgument& pass,
+               int bits, Address exponents, Address poison, int p, Address costs, Address totals,
+               Address values, bool is_double, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_transport(
+      {to_sorted(x), to_sorted(y), to_pass(pass), bits, at<int>(exponents), at<int>(poison), p,
+       at<double>(costs), at<void>(totals), at<void>(values), is_double},
+      to_place(place));
+}
+
+void pull(Address slopes, const DirectionsArgument& directions, int64_t dim, int64_t count,
+          const PassArgument& pass, Address grad, double scale, Address weights, Address out,
+          bool is_double, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_pull({at<void>(slopes), to_directions(directions), dim, count,
+                                   to_pass(pass), at<void>(grad), scale, at<double>(weights),
+                                   at<void>(out), is_double},
+                                  to_place(place));
+}
+
 py::list architectures() {
   py::list list;
   for (const int architecture : {SDCORE_CUDA_ARCHS}) list.append(architecture);
@@ -142,6 +230,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sliced_wasserstein_histogram", &histogram);
   m.def("sliced_wasserstein_solve", &solve);
   m.def("sliced_wasserstein_gather", &gather);
+  m.def("radix_sort_workspace", &sdcore::radix_sort_workspace);
+  m.def("radix_sort", &sort);
+  m.def("sliced_wasserstein_grid", &make_grid);
+  m.def("sliced_wasserstein_keys", &keys);
+  m.def("sliced_wasserstein_project", &project);
+  m.def("sliced_wasserstein_prefix_chunks", &sdcore::prefix_chunks);
+  m.def("sliced_wasserstein_levels", &levels);
+  m.def("sliced_wasserstein_transport_blocks", &sdcore::transport_blocks);
+  m.def("sliced_wasserstein_transport", &transport);
+  m.def("sliced_wasserstein_pull", &pull);
   m.def("shared_atomics", &sdcore::shared_atomics, "out"_a, "bins"_a, "updates_per_thread"_a,
         "blocks"_a, "threads"_a, "seed"_a, "device"_a, "stream"_a);
   m.def("shared_gathers", &sdcore::shared_gathers, "table"_a, "bins"_a, "out"_a,

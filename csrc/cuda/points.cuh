@@ -46,4 +46,21 @@ __device__ __forceinline__ void with_format(const Points& points, Body&& body) {
   }
 }
 
+// Points first, first + step, ... of batch element b; from count on, the last one again.
+template <typename Real, int D, int P>
+__device__ __forceinline__ void load(const Points& points, int64_t b, int64_t first, int step,
+                                     Real (&x)[P][D]) {
+  with_format<Real>(points, [&](const auto* data) {
+    data += b * points.stride[0];
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+      const int64_t i = min(first + static_cast<int64_t>(j) * step, points.count - 1);
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        x[j][k] = widen(data[i * points.stride[1] + k * points.stride[2]]);
+      }
+    }
+  });
+}
+
 }  // namespace sdcore

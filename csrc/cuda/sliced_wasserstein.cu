@@ -1,12 +1,12 @@
 #include "sliced_wasserstein.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "launch.cuh"
+#include "ordered.cuh"
 #include "points.cuh"
-#include "runtime.h"
 
 namespace sdcore {
 namespace {
@@ -55,33 +55,6 @@ template <typename Real>
 struct Range {
   Real low, high;
 };
-
-// Unsigned integers in the order of the numbers.
-__device__ __forceinline__ uint32_t ordered(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float unordered(uint32_t bits) {
-  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
-__device__ __forceinline__ unsigned long long ordered(double x) {
-  const unsigned long long bits = __double_as_longlong(x), sign = 1ull << 63;
-  return bits & sign ? ~bits : bits | sign;
-}
-__device__ __forceinline__ double unordered(unsigned long long bits) {
-  const unsigned long long sign = 1ull << 63;
-  return __longlong_as_double(bits & sign ? bits & ~sign : ~bits);
-}
-template <typename Real>
-using Ordered = decltype(ordered(Real()));
-
-__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
-  return __reduce_max_sync(0xffffffffu, x);
-}
-__device__ __forceinline__ unsigned long long warp_max(unsigned long long x) {
-  for (int step = 16; step > 0; step /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
-}
 
 // The ends of one direction's bins. Rounded step by step, so that all kernels see the same ends.
 template <typename Real, int D>
@@ -176,23 +149,6 @@ __device__ __forceinline__ double entry(uint32_t address, double) {
   double value;
   asm volatile("ld.shared.f64 %0, [%1];" : "=d"(value) : "r"(address));
   return value;
-}
-
-// Points first, first + step, ... of batch element b; from count on, the last one again.
-template <typename Real, int D, int P>
-__device__ __forceinline__ void load(const Points& points, int64_t b, int64_t first, int step,
-                                     Real (&x)[P][D]) {
-  with_format<Real>(points, [&](const auto* data) {
-    data += b * points.stride[0];
-#pragma unroll
-    for (int j = 0; j < P; ++j) {
-      const int64_t i = min(first + static_cast<int64_t>(j) * step, points.count - 1);
-#pragma unroll
-      for (int k = 0; k < D; ++k) {
-        x[j][k] = widen(data[i * points.stride[1] + k * points.stride[2]]);
-      }
-    }
-  });
 }
 
 struct TwoPoints {
@@ -1059,8 +1015,6 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
   });
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Chip {
   int multiprocessors, shared_per_block;
 };
@@ -1079,42 +1033,6 @@ void allow_shared_memory(Kernel kernel, int64_t bytes) {
   SDCORE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(bytes)));
 }
-
-unsigned grid(int64_t blocks) {
-  if (blocks > std::numeric_limits<int>::max()) {
-    throw std::invalid_argument("a launch of " + std::to_string(blocks) +
-                                " blocks: batch and points are too many for one call");
-  }
-  return static_cast<unsigned>(blocks);
-}
-
-// Calls `body` with the number of coordinates as a constant.
-template <typename Body>
-void with_dim(int64_t dim, Body&& body) {
-  switch (dim) {
-    case 1:
-      return body(std::integral_constant<int, 1>());
-    case 2:
-      return body(std::integral_constant<int, 2>());
-    case 3:
-      return body(std::integral_constant<int, 3>());
-    case 4:
-      return body(std::integral_constant<int, 4>());
-  }
-  throw std::invalid_argument("points must have 1 to 4 coordinates; got " + std::to_string(dim));
-}
-
-// Calls `body` with a value of the type that arithmetic is in.
-template <typename Body>
-void with_real(bool is_double, Body&& body) {
-  if (is_double) {
-    body(double());
-  } else {
-    body(float());
-  }
-}
-
-cudaStream_t stream_of(Place place) { return reinterpret_cast<cudaStream_t>(place.stream); }
 
 }  // namespace
 

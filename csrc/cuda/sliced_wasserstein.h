@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../points.h"
+#include "place.h"
 
 namespace sdcore {
 
@@ -17,12 +18,6 @@ constexpr int kMostCoordinates = 4;
 
 // Bins of a block that solves, two to a thread.
 constexpr int64_t kPart = 1024;
-
-// Where the launch goes.
-struct Place {
-  int device;
-  uintptr_t stream;
-};
 
 // Real [count, dim], contiguous.
 struct Directions {

@@ -19,6 +19,7 @@ from torch import Tensor
 from sdcore import backends
 from sdcore.ops import registration
 from sdcore.ops import sliced_wasserstein_cuda as cuda
+from sdcore.ops import sliced_wasserstein_cuda_exact as cuda_exact
 from sdcore.ops.pointers import address, described
 from sdcore.ops.random_rotations import random_directions, resolve_device
 from sdcore.palette import Palette
@@ -60,9 +61,10 @@ def sliced_wasserstein(
             dtypes are promoted as PyTorch promotes them. Arithmetic and result are float32
             (float64 if an input is). Or a :class:`sdcore.Palette` on the device of x, whose
             colors and weights are then those of y. On a GPU, ``binned`` with a ``value_range``
-            keeps the palette's histograms for as long as the same tensor of directions comes,
-            unchanged: a call then costs what its x costs. A CUDA graph that is captured after
-            such a call holds those histograms, and its replays do not see later directions.
+            keeps the palette's histograms, and ``exact`` its sorted projections, L numbers a
+            color, for as long as the same tensor of directions comes, unchanged: a call then
+            costs what its x costs. A CUDA graph that is captured after such a call holds what
+            was kept, and its replays do not see later directions.
         p: 1 or 2.
         directions: how many to draw, uniformly on the sphere, from ``generator``; or a tensor
             [L, d], taken as it is: unit rows give the distance above, others scale it.
@@ -121,18 +123,18 @@ def sliced_wasserstein(
     if isinstance(y, Palette):
         if weights_y is not None:
             raise ValueError("weights_y is for y as a tensor; a palette has weights of its own")
-        palette, y, weights_y = y, y.colors, y.weights
+        palette, y = y, y.colors
+        weights_y = None if palette.has_equal_weights else palette.weights
     _check_points(x, y)
     _check_options(p, method, bins, value_range, reduction)
     batch = _broadcast_batch(x, y)
     directions = _directions(directions, x, generator)
-    if palette is not None and isinstance(given, Tensor) and value_range is not None:
+    if palette is not None and isinstance(given, Tensor) and x.is_cuda:
         # Nothing is kept where it would be traced; and on a CPU y costs little next to x.
-        keeps = x.is_cuda and directions.dtype == compute_dtype(x.dtype)
+        keeps = method == "exact" or value_range is not None
+        keeps = keeps and directions.dtype == compute_dtype(x.dtype)
         if keeps and not torch.compiler.is_compiling():
-            return _against_kept(
-                x, palette, given, weights_x, p, bins, tuple(value_range), reduction
-            )
+            return _against_kept(x, palette, given, weights_x, p, bins, value_range, reduction)
     dtype = torch.promote_types(x.dtype, y.dtype)
     weights_x = _normalized_weights("weights_x", weights_x, x, batch)
     weights_y = _normalized_weights("weights_y", weights_y, y, batch)
@@ -157,22 +159,27 @@ def _against_kept(
     weights_x: Tensor | None,
     p: int,
     bins: int,
-    value_range: tuple[float, float],
+    value_range: tuple[float, float] | None,
     reduction: str,
 ) -> Tensor:
-    """``binned`` against the histograms that the palette keeps."""
+    """Against what the palette keeps: histograms in a ``value_range``, else sorted projections."""
     batch = x.shape[:-2]
     weights_x = _normalized_weights("weights_x", weights_x, x, batch)
-    plain = directions.detach()
-
-    def count() -> Tensor:
-        colors = palette.colors[None].to(plain.dtype)
-        return _histogram(colors, plain, palette.weights[None], bins, value_range)
-
-    histogram = palette.kept(directions, (bins, value_range), count)
-    scale = _scale_of(reduction, directions)
     x = x.reshape(-1, *x.shape[-2:])
-    values = _binned_to(x, histogram, plain, weights_x, p, value_range, scale)[0]
+    plain = directions.detach()
+    colors = palette.colors[None].to(plain.dtype)
+    weights = None if palette.has_equal_weights else palette.weights[None]
+    scale = _scale_of(reduction, directions)
+    if value_range is None:
+        kept = palette.kept(directions, "sorted", lambda: _sort(colors, plain, weights))
+        need_x = torch.is_grad_enabled() and x.requires_grad
+        values = _exact_to(x, *kept, plain, weights_x, p, scale, need_x)[0]
+    else:
+        box = tuple(value_range)
+        (histogram,) = palette.kept(
+            directions, (bins, box), lambda: (_histogram(colors, plain, weights, bins, box),)
+        )
+        values = _binned_to(x, histogram, plain, weights_x, p, box, scale)[0]
     return values.reshape(*batch, -1) if scale is None else values.reshape(batch)
 
 
@@ -650,6 +657,82 @@ registration.once_differentiable(_exact_backward, "sliced_wasserstein")
 registration.once_differentiable(_exact_scale, "sliced_wasserstein")
 
 
+def _fake_sort(points: Tensor, directions: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (points.shape[0], directions.shape[0], points.shape[1])
+    levels = (0,) if weights is None else shape
+    return directions.new_empty(shape), directions.new_empty(levels, dtype=torch.float64)
+
+
+# Projections in order, [B, L, m], and the sums of their weights up to each, float64, the last
+# being 1; empty if weights are equal.
+_sort = registration.define(
+    "sliced_wasserstein_sort(Tensor points, Tensor directions, Tensor? weights) "
+    "-> (Tensor, Tensor)",
+    _fake_sort,
+)
+
+
+def _fake_exact_to(
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    scale: float | None,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    reduce = scale is not None
+    shape = (x.shape[0],) if reduce else (x.shape[0], directions.shape[0])
+    return (
+        directions.new_empty(shape),
+        directions.new_empty(x.shape if reduce and need_x else (0,)),
+    )
+
+
+# sliced_wasserstein_exact against what `_sort` made of y, [B or 1, L, m].
+_exact_to = registration.define(
+    "sliced_wasserstein_exact_to(Tensor x, Tensor sorted_y, Tensor levels_y, Tensor directions, "
+    "Tensor? weights_x, int p, float? scale, bool need_x) -> (Tensor, Tensor)",
+    _fake_exact_to,
+)
+
+
+def _fake_exact_to_backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return grad.new_empty(x.shape)
+
+
+# The gradient to x, given that of the values [B, L].
+_exact_to_backward = registration.define(
+    "sliced_wasserstein_exact_to_backward(Tensor grad, Tensor x, Tensor sorted_y, "
+    "Tensor levels_y, Tensor directions, Tensor? weights_x, int p) -> Tensor",
+    _fake_exact_to_backward,
+)
+
+
+def _save_exact_to(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.p, ctx.scale, need_x = inputs
+    ctx.kept = ctx.scale is not None and need_x
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate_exact_to(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    x, sorted_y, levels_y, directions, weights_x, kept = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0] and ctx.kept:
+        grad_x = _exact_scale(grad, kept, x)
+    elif ctx.needs_input_grad[0]:
+        grad = _per_direction(grad, ctx.scale, directions)
+        found = _exact_to_backward(grad, x, sorted_y, levels_y, directions, weights_x, ctx.p)
+        grad_x = found.to(x.dtype)
+    return grad_x, None, None, None, None, None, None, None
+
+
+registration.gradient(_exact_to, _differentiate_exact_to, _save_exact_to)
+registration.once_differentiable(_exact_to_backward, "sliced_wasserstein")
+
+
 # Plain PyTorch. Gradients are written out, since autograd does not record inside a flat op; the
 # specification above, differentiated by autograd, checks them. Autocast would project in half
 # precision.
@@ -858,11 +941,82 @@ def _exact_slopes(
     sorted_x, mass_x = sort_with_mass(px, weights_x)
     sorted_y, mass_y = sort_with_mass(py, weights_y)
     values, slope_x, slope_y = _transport(sorted_x, mass_x, sorted_y, mass_y, p)
-    slope_x = _share_by_mass(slope_x, sorted_x, mass_x)
-    slope_y = _share_by_mass(slope_y, sorted_y, mass_y)
-    slope_x = torch.empty_like(slope_x).scatter_(-1, px.argsort(-1), slope_x)
-    slope_y = torch.empty_like(slope_y).scatter_(-1, py.argsort(-1), slope_y)
+    slope_x = _unsorted(_share_by_mass(slope_x, sorted_x, mass_x), px)
+    slope_y = _unsorted(_share_by_mass(slope_y, sorted_y, mass_y), py)
     return values, slope_x, slope_y
+
+
+def _unsorted(sorted_slopes: Tensor, projections: Tensor) -> Tensor:
+    order = projections.argsort(-1)
+    return torch.empty_like(sorted_slopes).scatter_(-1, order, sorted_slopes)
+
+
+@backends.register("sliced_wasserstein_sort", "reference")
+def _sort_plain(
+    points: Tensor, directions: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _check_weights(None, weights)
+    with torch.autocast(points.device.type, enabled=False):
+        projections = project(points, directions)
+    values, mass = sort_with_mass(projections, weights)
+    if weights is None:
+        return values, mass.new_empty(0)
+    levels = mass.cumsum(-1)
+    return values, levels / levels[..., -1:]
+
+
+@backends.register("sliced_wasserstein_exact_to", "reference")
+def _exact_to_plain(
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    scale: float | None,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    values, slope = _exact_slopes_to(x, sorted_y, levels_y, directions, weights_x, p)
+    if scale is None or not need_x:
+        return _reduced(values, scale), directions.new_empty(0)
+    with torch.autocast(x.device.type, enabled=False):
+        return _reduced(values, scale), (slope * scale).mT @ directions
+
+
+@backends.register("sliced_wasserstein_exact_to_backward", "reference")
+def _exact_to_backward_plain(
+    grad: Tensor,
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+) -> Tensor:
+    _, slope = _exact_slopes_to(x, sorted_y, levels_y, directions, weights_x, p)
+    with torch.autocast(x.device.type, enabled=False):
+        return (slope * grad[..., None]).mT @ directions
+
+
+def _exact_slopes_to(
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+) -> tuple[Tensor, Tensor]:
+    _check_weights(weights_x, None)
+    with torch.autocast(x.device.type, enabled=False):
+        px = project(x, directions)
+    sorted_x, mass_x = sort_with_mass(px, weights_x)
+    mass_y = torch.ones_like(sorted_y, dtype=torch.float64)
+    if levels_y.numel():
+        mass_y = levels_y.diff(dim=-1, prepend=torch.zeros_like(levels_y[..., :1]))
+    shape = (x.shape[0], *sorted_y.shape[1:])
+    sorted_y, mass_y = sorted_y.expand(shape), mass_y.expand(shape)
+    values, slope, _ = _transport(sorted_x, mass_x, sorted_y, mass_y, p)
+    return values, _unsorted(_share_by_mass(slope, sorted_x, mass_x), px)
 
 
 # C++. `sdcore._cpu` takes addresses: the tensors must outlive the call, hence the local names.
@@ -1075,3 +1229,87 @@ backends.register("sliced_wasserstein_binned", "cuda", _refuses_binned)(cuda.bin
 backends.register("sliced_wasserstein_binned_to", "cuda", _refuses_binned_to)(cuda.binned_to)
 backends.register("sliced_wasserstein_histogram", "cuda", _refuses_histogram)(cuda.histogram)
 backends.register("sliced_wasserstein_binned_backward", "cuda", _refuses_tables)(cuda.gather)
+
+
+@backends.register("sliced_wasserstein_exact", "cuda")
+def _exact_cuda(
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    scale: float | None,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reduce = scale is not None
+    values, grad_x, grad_y = cuda_exact.exact(
+        cuda_exact.Points(x, weights_x),
+        cuda_exact.Points(y, weights_y),
+        directions,
+        p,
+        None,
+        1.0 if scale is None else scale,
+        reduce and need_x,
+        reduce and need_y,
+    )
+    return _reduced(values, scale), grad_x, grad_y
+
+
+@backends.register("sliced_wasserstein_exact_backward", "cuda")
+def _exact_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    p: int,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    sides = cuda_exact.Points(x, weights_x), cuda_exact.Points(y, weights_y)
+    return cuda_exact.exact(*sides, directions, p, grad, 1.0, need_x, need_y)[1:]
+
+
+backends.register("sliced_wasserstein_sort", "cuda")(cuda_exact.sort)
+
+
+@backends.register("sliced_wasserstein_exact_to", "cuda")
+def _exact_to_cuda(
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+    scale: float | None,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    values, grad_x, _ = cuda_exact.exact(
+        cuda_exact.Points(x, weights_x),
+        cuda_exact.Kept(sorted_y.contiguous(), levels_y.contiguous()),
+        directions,
+        p,
+        None,
+        1.0 if scale is None else scale,
+        scale is not None and need_x,
+        False,
+    )
+    return _reduced(values, scale), grad_x
+
+
+@backends.register("sliced_wasserstein_exact_to_backward", "cuda")
+def _exact_to_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    sorted_y: Tensor,
+    levels_y: Tensor,
+    directions: Tensor,
+    weights_x: Tensor | None,
+    p: int,
+) -> Tensor:
+    side = cuda_exact.Points(x, weights_x)
+    kept = cuda_exact.Kept(sorted_y.contiguous(), levels_y.contiguous())
+    return cuda_exact.exact(side, kept, directions, p, grad, 1.0, True, False)[1]

@@ -27,7 +27,7 @@ DYADIC_DIRECTIONS = (
     / 8
 )
 ALL = platforms("reference", "cpp", "triton", "cuda")
-SORTING = platforms("reference", "cpp")
+SORTING = platforms("reference", "cpp", "cuda")
 # The interpreter is slow: it runs a half of the largest test.
 INTERPRETED = sdcore.backends.triton_interpreted()
 
@@ -669,6 +669,101 @@ def test_against_a_histogram(platform: Platform, d: int, rows: int, weighted: bo
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", ["", "x", "y", "xy"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("d", [3, 6])
+@pytest.mark.parametrize("m", [50, 61])
+@pytest.mark.parametrize("platform", platforms("reference", "cuda"))
+def test_against_what_was_sorted(
+    platform: Platform, m: int, d: int, rows: int, weighted: str, p: int
+) -> None:
+    """Sorting y once is the same as sorting it in the call."""
+    ops = torch.ops.sdcore
+    x = dyadic_points(2, 50, d).to(platform.device)
+    y = dyadic_points(rows, m, d).to(platform.device)
+    directions = torch.randint(-8, 9, (5, d), device=platform.device).double() / 8
+    weights = [torch.rand(*t.shape[:2], device=platform.device).double() for t in (x, y)]
+    wx, wy = (
+        w / w.sum(1, keepdim=True) if side in weighted else None
+        for side, w in zip("xy", weights, strict=True)
+    )
+    whole = None if wy is None else wy.expand(2, -1)
+    grown = [x.clone().requires_grad_() for _ in range(2)]
+    cotangent = torch.rand(2, 5, device=platform.device).double()
+    with platform.forced():
+        kept = ops.sliced_wasserstein_sort(y, directions, wy)
+        for scale in (None, 0.5):
+            found = ops.sliced_wasserstein_exact_to(grown[0], *kept, directions, wx, p, scale, True)
+            expected = ops.sliced_wasserstein_exact(
+                grown[1], y.expand(2, -1, -1), directions, wx, whole, p, scale, True, False
+            )
+            here = cotangent if scale is None else cotangent[:, 0]
+            gradients = [
+                torch.autograd.grad((values[0] * here).sum(), points)[0]
+                for values, points in zip((found, expected), grown, strict=True)
+            ]
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+    assert kept[0].shape == (rows, 5, m) and (kept[0].diff(dim=-1) >= 0).all()
+    assert kept[1].shape == ((rows, 5, m) if wy is not None else (0,))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck_of_what_was_sorted(weighted: bool, p: int) -> None:
+    x, y = torch.rand(2, 9, 3, requires_grad=True), torch.rand(1, 7, 3)
+    directions, ops = torch.randn(4, 3), torch.ops.sdcore
+    weights = torch.full((1, 7), 1 / 7, dtype=torch.float64) if weighted else None
+    torch.library.opcheck(ops.sliced_wasserstein_sort, (y, directions, weights))
+    kept = ops.sliced_wasserstein_sort(y, directions, weights)
+    for scale in (0.5, None):
+        torch.library.opcheck(
+            ops.sliced_wasserstein_exact_to, (x, *kept, directions, None, p, scale, True)
+        )
+    torch.library.opcheck(
+        ops.sliced_wasserstein_exact_to_backward,
+        (torch.rand(2, 4), x.detach(), *kept, directions, None, p),
+    )
+
+
+@pytest.mark.parametrize("platform", platforms("cuda"))
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("kind", ["constant", "two colors", "few", "many", "huge", "infinite"])
+def test_exact_on_a_gpu_at_its_corners(platform: Platform, kind: str, p: int) -> None:
+    """Long ties, sizes far apart, more than a pass, and magnitudes at the ends of float32."""
+    n, m = {"few": (5, 70_000), "many": (140_000, 3)}.get(kind, (70_000, 60_000))
+    x, y = torch.rand(2, n, 3), torch.rand(2, m, 3) ** 2
+    if kind == "constant":
+        x[:] = 0.5
+    if kind == "two colors":
+        x = torch.where(x[..., :1] < 0.3, 0.25, 0.75).expand(2, n, 3).contiguous()
+    if kind == "huge":
+        x[0], y[0] = x[0] * 1e37, y[0] * 1e37
+        x[1], y[1] = x[1] * 1e-37, y[1] * 1e-37
+    if kind == "infinite":
+        x[0, 7, 1] = math.inf
+    directions = torch.randn(70, 3)
+    options: dict[str, Any] = {"directions": directions.cuda(), "p": p}
+    with platform.forced():
+        ours = value_and_gradient(
+            per_direction, x.cuda(), y.cuda(), torch.ones(2, 70, device="cuda"), **options
+        )
+    options["directions"] = directions.double()
+    expected = value_and_gradient(
+        per_direction, x.double(), y.double(), torch.ones(2, 70), **options
+    )
+    for our, exact in zip(ours, expected, strict=True):
+        for b in range(2):
+            if kind == "infinite" and b == 0:
+                assert our[b].isnan().all()
+            elif kind == "huge" and p == 2:
+                continue  # squares of such numbers are beyond float32
+            else:
+                error = (our[b] - exact[b]).norm() / exact[b].norm()
+                assert error < (1e-5 if our.dim() == 2 else 2e-3), (kind, b, error)
+
+
 @pytest.mark.parametrize("platform", platforms("reference", "triton", "cuda"))
 def test_a_histogram_of_what_is_not_finite(platform: Platform) -> None:
     y = torch.rand(2, 30, 3, device=platform.device)
@@ -714,19 +809,28 @@ def test_opcheck_of_histograms(p: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("value_range", [None, (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "method, value_range", [("exact", None), ("binned", None), ("binned", (0.0, 1.0))]
+)
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("platform", platforms("reference", "cpp", "cuda"))
 def test_a_palette_is_its_weighted_colors(
-    platform: Platform, dtype: torch.dtype, value_range: Any, reduction: str
+    platform: Platform,
+    dtype: torch.dtype,
+    equal: bool,
+    method: str,
+    value_range: Any,
+    reduction: str,
 ) -> None:
-    colors, weights = dyadic_points(40, 3).float(), torch.rand(40)
+    colors, weights = dyadic_points(40, 3).float(), None if equal else torch.rand(40)
     palette = sdcore.Palette(colors, weights).to(platform.device)
+    assert palette.has_equal_weights == equal
     x = dyadic_points(2, 60, 3).to(platform.device, dtype).requires_grad_()
     directions = DYADIC_DIRECTIONS.to(platform.device, torch.promote_types(dtype, torch.float32))
     options: dict[str, Any] = {
         "directions": directions,
-        "method": "binned",
+        "method": method,
         "bins": 64,
         "reduction": reduction,
         "value_range": value_range,
@@ -897,15 +1001,16 @@ def test_good_arguments_are_good() -> None:
 
 
 GPU = [p for p in ALL if p.values[0].device == "cuda"]
+ON_GPU = [p for p in cases() if p.values[0].device == "cuda"]
+# Plain PyTorch's operators promise neither capture nor an order of sums, and hold all projections.
+KERNELS = [p for p in ON_GPU if p.values[0].backend != "reference"]
 
 
-@pytest.mark.parametrize("platform", GPU)
+@pytest.mark.parametrize("platform, method", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [1, 2])
-def test_in_a_cuda_graph(platform: Platform, dtype: torch.dtype, p: int) -> None:
+def test_in_a_cuda_graph(platform: Platform, method: str, dtype: torch.dtype, p: int) -> None:
     """Captured on one input, replayed on another; no host synchronization on the way."""
-    if platform.backend == "reference":
-        pytest.skip("plain PyTorch's operators promise no capture")
     x = torch.rand(2, 3000, 3, device="cuda").to(dtype).requires_grad_()
     y = torch.rand(2, 2000, 3, device="cuda").to(dtype)
     weights = torch.rand(2, 2000, device="cuda")
@@ -913,7 +1018,7 @@ def test_in_a_cuda_graph(platform: Platform, dtype: torch.dtype, p: int) -> None
 
     def step() -> tuple[Tensor, Tensor]:
         value = sliced_wasserstein(
-            x, y, directions=directions, weights_y=weights, method="binned", p=p
+            x, y, directions=directions, weights_y=weights, method=method, p=p
         )
         return value, torch.autograd.grad(value.sum(), x)[0]
 
@@ -939,7 +1044,7 @@ def test_in_a_cuda_graph(platform: Platform, dtype: torch.dtype, p: int) -> None
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("platform, method", [p for p in cases() if p.values[0].device == "cuda"])
+@pytest.mark.parametrize("platform, method", ON_GPU)
 @pytest.mark.parametrize("p", [1, 2])
 def test_does_not_synchronize(platform: Platform, method: str, p: int) -> None:
     x = torch.rand(2, 3000, 3, device="cuda", requires_grad=True)
@@ -962,10 +1067,9 @@ def test_does_not_synchronize(platform: Platform, method: str, p: int) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("platform", GPU)
-def test_repeats_bit_for_bit_on_a_gpu(platform: Platform) -> None:
-    if platform.backend == "reference":
-        pytest.skip("plain PyTorch's scatter_add promises no order")
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("platform, method", KERNELS)
+def test_repeats_bit_for_bit_on_a_gpu(platform: Platform, method: str, p: int) -> None:
     x, y = torch.rand(2, 100_000, 3, device="cuda"), torch.rand(2, 90_000, 3, device="cuda")
     weights = torch.rand(2, 100_000, device="cuda")
     directions = torch.randn(9, 3, device="cuda")
@@ -980,18 +1084,17 @@ def test_repeats_bit_for_bit_on_a_gpu(platform: Platform) -> None:
                     torch.ones(2, 9, device="cuda"),
                     directions=directions,
                     weights_x=weights,
-                    method="binned",
+                    method=method,
+                    p=p,
                 )
             )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("platform", GPU)
+@pytest.mark.parametrize("platform", platforms("triton", "cuda")[1:])
 def test_memory_of_binned(platform: Platform) -> None:
     """Within a few times the points and L·bins; never L·n."""
-    if platform.backend == "reference":
-        pytest.skip("plain PyTorch holds all projections")
     n, count, bins = 1_000_000, 128, 1024
     x = torch.rand(n, 3, device="cuda", requires_grad=True)
     y = torch.rand(n, 3, device="cuda")
@@ -1006,24 +1109,48 @@ def test_memory_of_binned(platform: Platform) -> None:
     assert used < 4 * (3 * n + 8 * count * bins) * 2 < 4 * count * n
 
 
-@pytest.mark.parametrize("platform", GPU)
-def test_on_another_stream(platform: Platform) -> None:
+@pytest.mark.parametrize("platform", platforms("cuda"))
+def test_memory_of_exact(platform: Platform) -> None:
+    """A bounded number of directions at a time, fewer where memory is short; always the same."""
+    n, count = 1_000_000, 512
+    x = torch.rand(n, 3, device="cuda", requires_grad=True)
+    y = torch.rand(n, 3, device="cuda")
+    directions = torch.randn(count, 3, device="cuda")
+    module = sys.modules["sdcore.ops.sliced_wasserstein_cuda_exact"]
+    results = []
+    for free in (None, 200_000_000):
+        with platform.forced(), pytest.MonkeyPatch.context() as patch:
+            if free is not None:
+                patch.setattr(module, "_free", lambda device, free=free: free)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            value = sliced_wasserstein(x, y, directions=directions)
+            results.append((value, torch.autograd.grad(value, x)[0]))
+        used = torch.cuda.max_memory_allocated() - before
+        assert used < (1_200_000_000 if free is None else free + 10 * 12 * n)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("platform, method", ON_GPU)
+def test_on_another_stream(platform: Platform, method: str) -> None:
     x, y = torch.rand(50_000, 3, device="cuda"), torch.rand(40_000, 3, device="cuda")
     directions = torch.randn(9, 3, device="cuda")
     stream = torch.cuda.Stream()
     with platform.forced():
-        expected = sliced_wasserstein(x, y, directions=directions, method="binned")
+        expected = sliced_wasserstein(x, y, directions=directions, method=method)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)  # work on the default stream would overtake this
             moved = x + 1
-            found = sliced_wasserstein(moved, y + 1, directions=directions, method="binned")
+            found = sliced_wasserstein(moved, y + 1, directions=directions, method=method)
         stream.synchronize()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("platform", GPU)
-def test_on_the_second_device(platform: Platform) -> None:
+@pytest.mark.parametrize("platform, method", ON_GPU)
+def test_on_the_second_device(platform: Platform, method: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x, y = torch.rand(5000, 3), torch.rand(4000, 3)
@@ -1038,7 +1165,7 @@ def test_on_the_second_device(platform: Platform) -> None:
                     y.to(device),
                     torch.ones(9, device=device),
                     directions=directions.to(device),
-                    method="binned",
+                    method=method,
                 )
             )
     for a, b in zip(*results, strict=True):
@@ -1046,14 +1173,20 @@ def test_on_the_second_device(platform: Platform) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("platform", GPU)
+@pytest.mark.parametrize("platform, method", ON_GPU)
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("d", [3, 6])
 @pytest.mark.parametrize("p", [1, 2])
-def test_small_shapes_for_the_sanitizer(platform: Platform, p: int, d: int) -> None:
+def test_small_shapes_for_the_sanitizer(
+    platform: Platform, method: str, p: int, d: int, weighted: bool
+) -> None:
     x = torch.rand(2, 37, d, device="cuda", requires_grad=True)
     y = torch.rand(2, 41, d, device="cuda", requires_grad=True)
+    weights = torch.rand(2, 41, device="cuda") if weighted else None
     with platform.forced():
-        value = sliced_wasserstein(x, y, directions=5, method="binned", bins=33, p=p)
+        value = sliced_wasserstein(
+            x, y, directions=5, weights_y=weights, method=method, bins=33, p=p
+        )
         value.sum().backward()
         torch.cuda.synchronize()
     assert value.isfinite().all() and x.grad is not None and x.grad.isfinite().all()

@@ -1,0 +1,323 @@
+"""How far sliced Wasserstein is from the exact solution, value and gradient.
+
+``python -m benchmarks.bench_sliced_wasserstein_accuracy [--device cuda] [--quick] [--csv FILE]``
+
+Inputs are rounded to the dtype first; everything else is compared on what that leaves, with
+directions that are float32 numbers:
+
+- E, the exact solution: sorting in float64, points that tie sharing the gradient.
+- R, the rival. For ``binned``: the same 4096 bins in float64, by the reference backend; its
+  distance to E is what bins cost. For ``exact``: the reference backend in the dtype itself; its
+  distance to E is what arithmetic costs. Which points that costs is chance, so the worst counts of
+  the three orders in which coordinates may be added up.
+- O, ours: each backend in the dtype itself.
+
+Stated are the relative distances |R − E| / |E| and |O − E| / |E|, over the values of all directions
+and over the gradient to x of their mean, their ratio, and 1 − cos of the angle between gradients.
+The mean is multiplied by n before it is differentiated, as whoever trains in float16 scales a loss:
+otherwise that format has no numbers as small as the gradients.
+
+The bound, of value and of gradient: O's distance is at most 1.5 times R's for ``binned``, twice R's
+for ``exact``; or it is what rounding explains, and then the last column says "rounding":
+
+- 2 ε + ε(float32), where ε is that of the format that the result comes in: the dtype for gradients,
+  float32 for values. In float64, with nothing more exact to compare with, 1e-11: gaps between sets
+  that nearly agree are some 1e-4 of the coordinates, and lose as many digits.
+- For ``exact`` with p = 1, ten wrong signs, of n L, more for gradients: points that all but meet
+  their partners may be few, and then R may have got all of them right.
+
+An AssertionError follows the table if a row is out of bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sdcore
+from benchmarks import measure
+from benchmarks.bench_sliced_wasserstein import photo, unit_vectors
+from sdcore import backends
+from sdcore.ops import sliced_wasserstein
+from sdcore.ops.sliced_wasserstein import DTYPES, compute_dtype
+
+# The spread of what moves y off x. The first is some eight bins, and less than bfloat16 resolves
+# near 1.
+NOISES = {"near, 0.003": 0.003, "near, 0.03": 0.03}
+DATA = ("random", "photo", "two colors", *NOISES)
+RANGES = {"binned": ((0.0, 1.0), None), "exact": (None,)}
+FACTOR = {"binned": 1.5, "exact": 2.0}
+WRONG_SIGNS = 10
+
+
+class Solution(NamedTuple):
+    """Values [L], and the gradient [n, 3] of n times their mean; float64."""
+
+    value: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Row:
+    """One comparison. Distances are relative, to the exact solution."""
+
+    op: str
+    data: str
+    n: int
+    directions: int
+    dtype: str
+    backend: str
+    method: str
+    p: int
+    value_range: str
+    value_rival: float
+    value: float
+    value_ratio: float
+    value_bound: str
+    gradient_rival: float
+    gradient: float
+    gradient_ratio: float
+    gradient_bound: str
+    angle_rival: float
+    angle: float
+    device: str = ""
+    versions: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def points(data: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x and y [n, 3], float64, in [0, 1]."""
+
+    def uniform(count: int) -> Tensor:
+        return torch.rand(count, 3, generator=generator, dtype=torch.float64)
+
+    x, y = uniform(n), uniform(n)
+    if data == "random":
+        return x, y**1.5
+    if data == "photo":
+        return photo(n).double(), y
+    if data == "two colors":
+        return torch.where(uniform(n)[:, :1] < 0.5, x[:1], x[1:2]), y
+    noise = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return x, (x + NOISES[data] * noise).clamp(0, 1)
+
+
+def solution(backend: str, x: Tensor, y: Tensor, directions: Tensor, **options: Any) -> Solution:
+    x = x.detach().requires_grad_()
+    options |= {"directions": directions.to(compute_dtype(x.dtype))}
+    with sdcore.backend(backend):
+        values = sliced_wasserstein(x.detach(), y, reduction="none", **options)
+        mean = sliced_wasserstein(x, y, **options)
+        (gradient,) = torch.autograd.grad(len(x) * mean, x)
+    return Solution(values.double(), gradient.double())
+
+
+def exact_solution(x: Tensor, y: Tensor, directions: Tensor, p: int) -> Solution:
+    """In float64. A matrix product may round equal points differently, which would undo their tie:
+    points are projected by sums of products, and the op gets them with one coordinate."""
+    x, y, directions = (t.detach().double() for t in (x, y, directions))
+    x.requires_grad_()
+    px, py = (_projected(side, directions)[..., None] for side in (x, y))
+    with sdcore.backend("reference"):
+        values = sliced_wasserstein(px, py, p=p, directions=px.new_ones(1, 1))
+        (gradient,) = torch.autograd.grad(len(x) * values.mean(), x)
+    return Solution(values.detach(), gradient)
+
+
+def _projected(points: Tensor, directions: Tensor) -> Tensor:
+    """[L, n]"""
+    x, y, z = points.T
+    u, v, w = (column[:, None] for column in directions.T)
+    return x * u + y * v + z * w
+
+
+def rivals(x: Tensor, y: Tensor, directions: Tensor, **options: Any) -> list[Solution]:
+    if options["method"] == "binned":
+        return [solution("reference", x.double(), y.double(), directions, **options)]
+    found = []
+    for turn in range(3):
+        turned = (t.roll(turn, 1) for t in (x, y, directions))
+        value, gradient = solution("reference", *turned, **options)
+        found.append(Solution(value, gradient.roll(-turn, 1)))
+    return found
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def angle(found: Tensor, exact: Tensor) -> float:
+    """1 − cos, as half the squared distance of unit vectors: that doesn't cancel."""
+    return ((found / found.norm() - exact / exact.norm()).norm() ** 2 / 2).item()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return 1e-11
+    return 2 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps
+
+
+def allowances(exact: Solution, dtype: torch.dtype, method: str, p: int) -> tuple[float, float]:
+    """What rounding explains of the distance of values, and of gradients."""
+    value, gradient = rounding(compute_dtype(dtype)), rounding(dtype)
+    if method == "exact" and p == 1 and dtype != torch.float64:
+        one = 2 / len(exact.value) / exact.gradient.norm().item()
+        gradient += math.sqrt(WRONG_SIGNS) * one
+    return value, gradient
+
+
+def verdict(ours: float, rival: float, factor: float, allowance: float) -> str:
+    if ours <= factor * rival:
+        return "met"
+    return "rounding" if ours <= allowance else "BROKEN"  # and so is NaN
+
+
+def rows_of(
+    data: str, dtype: torch.dtype, n: int, count: int, device: str, names: list[str]
+) -> Iterator[Row]:
+    # On the CPU, so that all devices get the same.
+    generator = torch.Generator().manual_seed(0)
+    x, y = (side.to(device, dtype) for side in points(data, n, generator))
+    directions = unit_vectors(count, 3, generator).to(device)
+    for p in (1, 2):
+        exact = exact_solution(x, y, directions, p)
+        for method, ranges in RANGES.items():
+            able = [b for b in names if backends.has(f"sliced_wasserstein_{method}", b)]
+            for value_range in ranges if able else ():
+                options = {"p": p, "method": method, "value_range": value_range}
+                theirs = rivals(x, y, directions, **options)
+                for backend in able:
+                    ours = solution(backend, x, y, directions, **options)
+                    yield _row(data, dtype, backend, options, exact, theirs, ours)
+
+
+def _row(
+    data: str,
+    dtype: torch.dtype,
+    backend: str,
+    options: dict[str, Any],
+    exact: Solution,
+    theirs: list[Solution],
+    ours: Solution,
+) -> Row:
+    method, p, value_range = options["method"], options["p"], options["value_range"]
+    values = [
+        max(distance(their.value, exact.value) for their in theirs),
+        distance(ours.value, exact.value),
+    ]
+    gradients = [
+        max(distance(their.gradient, exact.gradient) for their in theirs),
+        distance(ours.gradient, exact.gradient),
+    ]
+    value_allowance, gradient_allowance = allowances(exact, dtype, method, p)
+    factor = FACTOR[method]
+    return Row(
+        "sliced_wasserstein",
+        data,
+        len(exact.gradient),
+        len(exact.value),
+        str(dtype).removeprefix("torch."),
+        backend,
+        method,
+        p,
+        _range_name(method, value_range),
+        *values,
+        _ratio(*values),
+        verdict(values[1], values[0], factor, value_allowance),
+        *gradients,
+        _ratio(*gradients),
+        verdict(gradients[1], gradients[0], factor, gradient_allowance),
+        max(angle(their.gradient, exact.gradient) for their in theirs),
+        angle(ours.gradient, exact.gradient),
+    )
+
+
+def _range_name(method: str, value_range: tuple[float, float] | None) -> str:
+    if method == "exact":
+        return ""
+    return "found" if value_range is None else "{:g} to {:g}".format(*value_range)
+
+
+def _ratio(rival: float, ours: float) -> float:
+    return ours / rival if rival else math.nan
+
+
+def available(device: str) -> list[str]:
+    """Backends to judge; the reference is what they are judged by."""
+    return [
+        name
+        for name in ("cpp", "triton", "cuda")
+        if not (backends.unavailable(name) or backends.unsuitable_device(name, device))
+    ]
+
+
+def print_table(rows: list[Row]) -> None:
+    head = ("data", "dtype", "backend", "method", "p", "range")
+    head += ("value: rival", "ours", "ratio", "bound")
+    head += ("gradient: rival", "ours", "ratio", "bound", "1 - cos: rival", "ours")
+    lines = []
+    for row in rows:
+        names = (row.data, row.dtype, row.backend, row.method, str(row.p), row.value_range)
+        value = (row.value_rival, row.value, row.value_ratio, row.value_bound)
+        gradient = (row.gradient_rival, row.gradient, row.gradient_ratio, row.gradient_bound)
+        angles = (f"{row.angle_rival:.0e}", f"{row.angle:.0e}")
+        lines.append((*names, *_cells(*value), *_cells(*gradient), *angles))
+    measure.print_lines(head, lines)
+
+
+def _cells(rival: float, ours: float, ratio: float, bound: str) -> tuple[str, ...]:
+    return f"{rival:.1e}", f"{ours:.1e}", "" if math.isnan(ratio) else f"{ratio:.2f}", bound
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer points")
+    parser.add_argument("--csv", type=Path, help="write the rows there")
+    arguments = parser.parse_args()
+    device = arguments.device
+    n, count = (262144, 8) if device == "cuda" else (16384, 4)
+    if arguments.quick:
+        n, count = 4096, 4
+    names = available(device)
+    if not names:
+        parser.error("no backend but the reference runs here")
+    rows = []
+    for data in DATA:
+        print(f"{data}, n = m = {n:,}, L = {count} …", flush=True)
+        for dtype in DTYPES:
+            rows += rows_of(data, dtype, n, count, device, names)
+    finish(rows, device, arguments.csv)
+
+
+def finish(rows: list[Row], device: str, path: Path | None) -> None:
+    """Table and CSV; then an error if a bound is broken."""
+    shared = (
+        measure.device_name(device),
+        measure.versions(),
+        measure.commit(),
+        time.strftime("%Y-%m-%d"),
+    )
+    for row in rows:
+        row.device, row.versions, row.commit, row.date = shared
+    print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
+    print_table(rows)
+    if path is not None:
+        measure.write_csv([f.name for f in fields(Row)], [asdict(row) for row in rows], path)
+    broken = sum("BROKEN" in (row.value_bound, row.gradient_bound) for row in rows)
+    if broken:
+        raise AssertionError(f"{broken} of {len(rows)} rows break their bound")
+    print(f"\nall {len(rows)} rows keep their bounds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+namespace sdcore {
+
+// Where a launch goes.
+struct Place {
+  int device;
+  uintptr_t stream;
+};
+
+}  // namespace sdcore

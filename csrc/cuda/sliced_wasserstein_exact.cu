@@ -1,0 +1,685 @@
+#include "sliced_wasserstein_exact.h"
+
+#include <algorithm>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "launch.cuh"
+#include "ordered.cuh"
+#include "points.cuh"
+
+namespace sdcore {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kKeysPoints = 8;     // of a thread, in registers while the directions come by
+constexpr int kTransportEach = 4;  // sorted points of a thread
+constexpr int kTransportTile = kThreads * kTransportEach;
+constexpr int kPrefixEach = 8;
+constexpr int kPrefixChunk = kThreads * kPrefixEach;
+constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
+
+using Mass = unsigned long long;
+
+// Keys and fixed-point numbers of the points' arithmetic.
+template <typename Real>
+struct Fixed;
+template <>
+struct Fixed<float> {
+  using Key = uint32_t;
+  using Code = int32_t;
+  static constexpr int most = 126;  // an exponent whose power of two is a normal number
+  static __device__ __forceinline__ Code floor(float x) { return __float2int_rd(x); }
+  static __device__ __forceinline__ float power(int e) {
+    return __int_as_float((e + 127) << 23);
+  }
+};
+template <>
+struct Fixed<double> {
+  using Key = unsigned long long;
+  using Code = long long;
+  static constexpr int most = 1022;
+  static __device__ __forceinline__ Code floor(double x) { return __double2ll_rd(x); }
+  static __device__ __forceinline__ double power(int e) {
+    return __longlong_as_double(static_cast<long long>(e + 1023) << 52);
+  }
+};
+template <typename Real>
+using Key = typename Fixed<Real>::Key;
+template <typename Real>
+using Code = typename Fixed<Real>::Code;
+
+// To whole multiples of 2^exponent. Two factors, for one may be out of range where the numbers are
+// tiny; their products are exact.
+template <typename Real>
+struct Quantizer {
+  Real first, second;
+  __device__ explicit Quantizer(int exponent) {
+    const int up = min(-exponent, Fixed<Real>::most);
+    first = Fixed<Real>::power(max(up, -Fixed<Real>::most));
+    second = Fixed<Real>::power(min(-exponent - up, Fixed<Real>::most));
+  }
+  // For finite x alone.
+  __device__ Code<Real> operator()(Real x) const { return Fixed<Real>::floor(x * first * second); }
+};
+
+template <typename Real>
+__device__ __forceinline__ bool not_finite(Real x) {
+  return !(fabs(x) <= static_cast<Real>(INFINITY)) || isinf(x);
+}
+
+template <typename Real>
+__global__ void grid_kernel(GridArguments work) {
+  const int64_t slot = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (slot >= work.batch * work.directions) return;
+  const int64_t b = slot / work.directions, l = slot % work.directions;
+  const auto* found = static_cast<const Ordered<Real>*>(work.extremes) + 2 * slot;
+  Real largest = fmax(fabs(unordered(~found[0])), fabs(unordered(found[1])));
+  bool bad = false;
+  if (work.kept.values) {
+    const int64_t row = work.kept.one ? l : slot, n = work.kept.count;
+    const Real* values = static_cast<const Real*>(work.kept.values) + row * n;
+    const Real low = values[0], high = values[n - 1];  // sorting puts NaN last
+    bad = not_finite(low) || not_finite(high);
+    largest = fmax(largest, fmax(fabs(low), fabs(high)));
+    if (work.kept.levels) bad |= isnan(work.kept.levels[row * n + n - 1]);
+  }
+  for (int side = 0; side < 2; ++side) {
+    if (work.weights[side]) bad |= isnan(work.weights[side][b * work.count[side]]);
+  }
+  // Finite numbers beside an infinite one fit too: keys must not leave their row.
+  constexpr int widest = sizeof(Real) == 4 ? 127 : 1023;
+  int exponent = 0;
+  if (largest > 0) exponent = (isinf(largest) ? widest : ilogb(largest)) + 2 - work.bits;
+  work.exponents[slot] = exponent;
+  work.poison[slot] = bad;
+}
+
+// Calls `emit` with row, point and projection of all points of a pass.
+template <typename Real, int D>
+struct Projecting {
+  Points points;
+  const Real* directions;
+  Pass pass;
+  int64_t first_batch, tiles;
+
+  template <typename Begin, typename Emit>
+  __device__ __forceinline__ void run(Begin&& begin, Emit&& emit) const {
+    constexpr int P = kKeysPoints;
+    const int64_t b = first_batch + blockIdx.x / tiles;
+    const int64_t at = blockIdx.x % tiles * (P * kThreads) + threadIdx.x;
+    Real x[P][D];
+    load<Real, D, P>(points, b, at, kThreads, x);
+    const int64_t from = max(pass.first, b * pass.directions);
+    const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
+    for (int64_t slot = from; slot < to; ++slot) {
+      Real theta[D];
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        theta[k] = __ldg(directions + (slot - b * pass.directions) * D + k);
+      }
+      begin(slot);
+#pragma unroll
+      for (int j = 0; j < P; ++j) {
+        const int64_t i = at + j * kThreads;
+        Real value = x[j][0] * theta[0];  // as the range was found
+#pragma unroll
+        for (int k = 1; k < D; ++k) value = fma(x[j][k], theta[k], value);
+        if (i < points.count) emit(slot - pass.first, i, value);
+      }
+    }
+  }
+};
+
+template <typename Real, int D>
+__global__ void __launch_bounds__(kThreads)
+    keys_kernel(Projecting<Real, D> projecting, int bits, const int* exponents, int* poison,
+                Key<Real>* keys, uint32_t* number) {
+  Quantizer<Real> quantize(0);
+  bool bad = false;
+  int64_t current = 0;
+  const Key<Real> half = Key<Real>(1) << (bits - 1);
+  projecting.run(
+      [&](int64_t slot) {
+        current = slot;
+        quantize = Quantizer<Real>(exponents[slot]);
+      },
+      [&](int64_t row, int64_t i, Real value) {
+        bad = not_finite(value);
+        if (bad) poison[current] = 1;
+        const Key<Real> code = bad ? half : static_cast<Key<Real>>(quantize(value)) + half;
+        const int64_t to = row * projecting.points.count + i;
+        keys[to] = static_cast<Key<Real>>(row) << bits | code;
+        if (number) number[to] = static_cast<uint32_t>(i);
+      });
+}
+
+template <typename Real, int D>
+__global__ void __launch_bounds__(kThreads)
+    project_kernel(Projecting<Real, D> projecting, Real* out) {
+  projecting.run([](int64_t) {},
+                 [&](int64_t row, int64_t i, Real value) {
+                   out[row * projecting.points.count + i] = value;
+                 });
+}
+
+// Prefix sums of rows, in three launches: totals of chunks, their sums, and the sums of all. Whole
+// numbers and doubles are added in one order, whatever the timing.
+template <typename T, typename Source>
+__global__ void __launch_bounds__(kThreads)
+    chunk_totals_kernel(Source source, int64_t count, int64_t chunks, T* totals) {
+  __shared__ typename cub::BlockReduce<T, kThreads>::TempStorage scratch;
+  const int64_t row = blockIdx.x / chunks, first = blockIdx.x % chunks * kPrefixChunk;
+  T sum = 0;
+  for (int j = 0; j < kPrefixEach; ++j) {
+    const int64_t i = first + threadIdx.x * kPrefixEach + j;
+    if (i < count) sum += source(row, i);
+  }
+  const T total = cub::BlockReduce<T, kThreads>(scratch).Sum(sum);
+  if (threadIdx.x == 0) totals[row * chunks + blockIdx.x % chunks] = total;
+}
+
+// Totals become the sums of those before.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) chunk_sums_kernel(int64_t chunks, T* totals) {
+  __shared__ typename cub::BlockScan<T, kThreads>::TempStorage scratch;
+  T* row = totals + blockIdx.x * chunks;
+  T before = 0;
+  for (int64_t first = 0; first < chunks; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    T sum, all;
+    cub::BlockScan<T, kThreads>(scratch).ExclusiveSum(i < chunks ? row[i] : T(0), sum, all);
+    if (i < chunks) row[i] = before + sum;
+    before += all;
+    __syncthreads();
+  }
+}
+
+template <typename T, typename Source, typename Sink>
+__global__ void __launch_bounds__(kThreads)
+    prefix_kernel(Source source, Sink sink, int64_t count, int64_t chunks, const T* totals) {
+  __shared__ typename cub::BlockScan<T, kThreads>::TempStorage scratch;
+  const int64_t row = blockIdx.x / chunks, first = blockIdx.x % chunks * kPrefixChunk;
+  T each[kPrefixEach];
+  for (int j = 0; j < kPrefixEach; ++j) {
+    const int64_t i = first + threadIdx.x * kPrefixEach + j;
+    each[j] = i < count ? source(row, i) : T(0);
+  }
+  cub::BlockScan<T, kThreads>(scratch).InclusiveSum(each, each);
+  const T before = totals[row * chunks + blockIdx.x % chunks];
+  for (int j = 0; j < kPrefixEach; ++j) {
+    const int64_t i = first + threadIdx.x * kPrefixEach + j;
+    if (i < count) sink(row, i, before + each[j]);
+  }
+}
+
+template <typename T, typename Source, typename Sink>
+void prefix(Source source, Sink sink, int64_t rows, int64_t count, void* totals,
+            cudaStream_t stream) {
+  const int64_t chunks = ceil_div(count, kPrefixChunk);
+  T* sums = static_cast<T*>(totals);
+  chunk_totals_kernel<T><<<grid(rows * chunks), kThreads, 0, stream>>>(source, count, chunks, sums);
+  check(cudaGetLastError(), "the launch of chunk_totals_kernel");
+  chunk_sums_kernel<T><<<grid(rows), kThreads, 0, stream>>>(chunks, sums);
+  check(cudaGetLastError(), "the launch of chunk_sums_kernel");
+  prefix_kernel<T>
+      <<<grid(rows * chunks), kThreads, 0, stream>>>(source, sink, count, chunks, sums);
+  check(cudaGetLastError(), "the launch of prefix_kernel");
+}
+
+// Sorted weights in fixed point, and their sums.
+struct WeightSource {
+  const uint32_t* number;
+  const double* weights;
+  int64_t count;
+  Pass pass;
+  __device__ Mass operator()(int64_t row, int64_t i) const {
+    const int64_t b = (pass.first + row) / pass.directions;
+    return __double2ull_rn(weights[b * count + number[row * count + i]] * kWeightUnit);
+  }
+};
+struct WeightSink {
+  Mass* sums;
+  int64_t count;
+  __device__ void operator()(int64_t row, int64_t i, Mass sum) const {
+    sums[row * count + i] = sum;
+  }
+};
+
+// In place, from whole numbers to shares of the row's last.
+__global__ void __launch_bounds__(kThreads) normalize_kernel(int64_t count, Mass* sums) {
+  const int64_t tiles = (count + kThreads - 1) / kThreads;
+  const int64_t row = blockIdx.x / tiles, i = blockIdx.x % tiles * kThreads + threadIdx.x;
+  // The last is 1 and is not written here: other blocks read it.
+  if (i >= count - 1) return;
+  const double total = static_cast<double>(sums[row * count + count - 1]);
+  sums[row * count + i] =
+      __double_as_longlong(static_cast<double>(sums[row * count + i]) / total);
+}
+__global__ void finish_levels_kernel(int64_t count, int64_t rows, double* levels) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (row < rows) levels[row * count + count - 1] = 1;
+}
+
+// The smallest i from `start` to `end` for which `is` holds, `end` if none: `is` holds from some i
+// on. Steps double, for it is mostly near.
+template <typename Is>
+__device__ __forceinline__ uint32_t first_where(uint32_t start, uint32_t end, Is&& is) {
+  if (start >= end || is(start)) return start;
+  uint32_t low = start, step = 1;
+  while (step < end - low && !is(low + step)) {
+    low += step;
+    step *= 2;
+  }
+  uint32_t high = step < end - low ? low + step : end;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (is(middle)) {
+      high = middle;
+    } else {
+      low = middle;
+    }
+  }
+  return high;
+}
+
+// The smallest i from which on, up to `start`, `is` holds.
+template <typename Is>
+__device__ __forceinline__ uint32_t last_run(uint32_t start, Is&& is) {
+  uint32_t high = start, step = 1;
+  while (step <= high && is(high - step)) {
+    high -= step;
+    step *= 2;
+  }
+  uint32_t low = step <= high ? high - step : 0;  // `is` fails there, unless it is 0
+  if (step > high && (high == 0 || is(0))) return 0;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (is(middle)) {
+      high = middle;
+    } else {
+      low = middle;
+    }
+  }
+  return high;
+}
+
+// One side of one slot. Levels, where mass begins and ends, are doubles up to 1 if either side has
+// weights; else whole numbers up to n m, the points of a side being as wide as the other has
+// points.
+template <typename Real, bool Weighted>
+struct View {
+  using Level = std::conditional_t<Weighted, double, int64_t>;
+  const Key<Real>* keys;
+  const Real* values;
+  const double* levels;
+  const double* moments;
+  uint32_t count;
+  Key<Real> mask;
+  Code<Real> half;
+  Quantizer<Real> quantize;
+  int64_t wide;  // a point's width, in whole numbers
+
+  __device__ View(const SortedSide& side, const TransportArguments& work, int64_t row, int64_t wide)
+      : quantize(work.exponents[work.pass.first + row]), wide(wide) {
+    const int64_t slot = work.pass.first + row, n = side.count;
+    const int64_t at = (side.kept.one ? slot % work.pass.directions : slot) * n;
+    keys = side.keys ? static_cast<const Key<Real>*>(side.keys) + row * n : nullptr;
+    values = static_cast<const Real*>(side.kept.values) + at;
+    levels = side.kept.levels ? side.kept.levels + (keys ? row * n : at) : nullptr;
+    moments = side.moments ? side.moments + row * n : nullptr;
+    count = static_cast<uint32_t>(n);
+    mask = (Key<Real>(1) << work.bits) - 1;
+    half = Code<Real>(1) << (work.bits - 1);
+  }
+  __device__ Code<Real> code(uint32_t i) const {
+    if (keys) return static_cast<Code<Real>>(keys[i] & mask) - half;
+    return quantize(values[i]);
+  }
+  // Where the mass of point i begins; of `count`, the end of all.
+  __device__ Level begin(uint32_t i) const {
+    if constexpr (Weighted) {
+      if (levels) return i > 0 ? levels[i - 1] : 0;
+      return static_cast<double>(i) / static_cast<double>(count);
+    } else {
+      return static_cast<int64_t>(i) * wide;
+    }
+  }
+  // The point whose mass is at u; of those from `low` to `high`, which it is among.
+  __device__ uint32_t at(Level u, uint32_t low, uint32_t high) const {
+    if constexpr (Weighted) {
+      if (!levels) {
+        low = static_cast<uint32_t>(u * count);
+        low = min(max(low, 1u) - 1, count - 1);  // rounding: it may be a neighbor
+        high = min(low + 2, count - 1);
+      }
+      while (low < high) {
+        const uint32_t middle = low + (high - low) / 2;
+        if (begin(middle + 1) > u) {
+          high = middle;
+        } else {
+          low = middle + 1;
+        }
+      }
+      return low;
+    } else {
+      return min(static_cast<uint32_t>(u / wide), count - 1);
+    }
+  }
+  // Sum of mass times code below u, which is in point j, in units of a whole number's width.
+  __device__ double moment(Level u, uint32_t j) const {
+    const double rest = static_cast<double>(u - begin(j)) * static_cast<double>(code(j));
+    return (j > 0 ? moments[j - 1] : 0) + rest;
+  }
+};
+
+// Where a tile's points are on the other side.
+struct Bracket {
+  uint32_t low, high;
+};
+
+template <typename Real, bool Weighted>
+struct Problem {
+  using Side = View<Real, Weighted>;
+  using Level = typename Side::Level;
+  int p;
+  bool alike;  // both sides have as many points of equal weight: i meets i
+
+  // The cost of the piece of mass that begins where point i does and ends with it or its partner.
+  // Of pieces that begin where points of both sides do, the `first` side has them.
+  __device__ double piece(const Side& mine, const Side& other, uint32_t i, uint32_t j,
+                          bool first) const {
+    const Level begin = mine.begin(i), end = mine.begin(i + 1);
+    if (!(end > begin) || (!first && other.begin(j) == begin)) return 0;
+    const Level stop = min(end, other.begin(j + 1));
+    const double gap = fabs(static_cast<double>(mine.code(i) - other.code(j)));
+    return (p == 1 ? gap : gap * gap) * fmax(0.0, static_cast<double>(stop - begin));
+  }
+
+  // The derivative to point i, per unit of mass and in units of the grid, shared by all points that
+  // it ties with: they move as one.
+  __device__ double slope(const Side& mine, const Side& other, uint32_t i, uint32_t j,
+                          const Bracket& bracket, uint32_t tile) const {
+    const Code<Real> v = mine.code(i);
+    uint32_t from = i, to = i + 1;
+    const auto ties = [&](uint32_t k) { return mine.code(k) == v; };
+    if (i > 0 && ties(i - 1)) from = last_run(i - 1, ties);
+    if (to < mine.count && ties(to)) {
+      to = first_where(to, mine.count, [&](uint32_t k) { return !ties(k); });
+    }
+    const Level begin = mine.begin(from), end = mine.begin(to);
+    if (!(end > begin)) return 0;
+    if (alike) {
+      j = from;
+    } else if (from < i) {
+      j = from >= tile ? other.at(begin, bracket.low, bracket.high)
+                       : other.at(begin, 0, other.count - 1);
+    }
+    const uint32_t last =
+        alike ? to - 1
+              : first_where(j, other.count - 1, [&](uint32_t k) { return other.begin(k + 1) >= end; });
+    return p == 1 ? slope_1(other, v, begin, end, j, last) : slope_2(other, v, begin, end, j, last);
+  }
+
+  // Mass that is met by points below pulls with +1, by points above with -1.
+  __device__ double slope_1(const Side& other, Code<Real> v, Level begin, Level end, uint32_t j,
+                            uint32_t last) const {
+    const uint32_t equal =
+        first_where(j, last + 1, [&](uint32_t k) { return other.code(k) >= v; });
+    const uint32_t above =
+        first_where(equal, last + 1, [&](uint32_t k) { return other.code(k) > v; });
+    const Level below = equal == j ? begin : min(other.begin(equal), end);
+    const Level rest = above == j ? begin : min(other.begin(above), end);
+    const Level sum = (below - begin) - (end - rest);
+    return static_cast<double>(sum) / static_cast<double>(end - begin);
+  }
+
+  __device__ double slope_2(const Side& other, Code<Real> v, Level begin, Level end, uint32_t j,
+                            uint32_t last) const {
+    if (j == last) return 2 * static_cast<double>(v - other.code(j));
+    const double partners = other.moment(end, last) - other.moment(begin, j);
+    return 2 * (static_cast<double>(v) - partners / static_cast<double>(end - begin));
+  }
+};
+
+// Moments up to each sorted point.
+template <typename Real, bool Weighted>
+struct MomentSource {
+  SortedSide side;
+  TransportArguments work;
+  int64_t wide;
+  __device__ double operator()(int64_t row, int64_t i) const {
+    const View<Real, Weighted> view(side, work, row, wide);
+    const uint32_t at = static_cast<uint32_t>(i);
+    return static_cast<double>(view.begin(at + 1) - view.begin(at)) *
+           static_cast<double>(view.code(at));
+  }
+};
+struct MomentSink {
+  double* moments;
+  int64_t count;
+  __device__ void operator()(int64_t row, int64_t i, double sum) const {
+    moments[row * count + i] = sum;
+  }
+};
+
+template <typename Real, bool Weighted>
+__global__ void __launch_bounds__(kThreads)
+    transport_kernel(const __grid_constant__ TransportArguments work, int64_t tiles_x,
+                     int64_t tiles_y) {
+  using Side = View<Real, Weighted>;
+  __shared__ typename cub::BlockReduce<double, kThreads>::TempStorage scratch;
+  __shared__ Bracket shared;
+  const int64_t tiles = tiles_x + tiles_y, row = blockIdx.x / tiles;
+  int64_t tile = blockIdx.x % tiles;
+  const bool first = tile < tiles_x;
+  if (!first) tile -= tiles_x;
+  const SortedSide &side = first ? work.x : work.y, &partners = first ? work.y : work.x;
+  const Side mine(side, work, row, partners.count), other(partners, work, row, side.count);
+  const int exponent = work.exponents[work.pass.first + row];
+  const bool bad = work.poison[work.pass.first + row] != 0;
+  const Problem<Real, Weighted> problem{work.p, !Weighted && mine.count == other.count};
+  const uint32_t begin = static_cast<uint32_t>(tile * kTransportTile);
+  const uint32_t end = static_cast<uint32_t>(
+      min(tile * kTransportTile + kTransportTile, static_cast<int64_t>(mine.count)));
+  Bracket bracket = {0, other.count - 1};
+  if (Weighted && other.levels) {
+    // Threads of two warps look where the tile's ends are; the others start from there.
+    if (threadIdx.x == 0) shared.low = other.at(mine.begin(begin), 0, other.count - 1);
+    if (threadIdx.x == 32) shared.high = other.at(mine.begin(end), 0, other.count - 1);
+    __syncthreads();
+    bracket = shared;
+  }
+  Real* slopes = static_cast<Real*>(side.slopes) + row * side.count;
+  const Real unit = work.p == 1 ? Real(1) : static_cast<Real>(ldexp(1.0, exponent));
+  double cost = 0;
+#pragma unroll
+  for (int k = 0; k < kTransportEach; ++k) {
+    const uint32_t i = begin + k * kThreads + threadIdx.x;
+    if (i >= end) break;
+    const uint32_t j =
+        problem.alike ? i : other.at(mine.begin(i), bracket.low, bracket.high);
+    cost += problem.piece(mine, other, i, j, first);
+    if (side.slopes) {
+      const double slope = problem.slope(mine, other, i, j, bracket, begin);
+      slopes[side.number[row * side.count + i]] =
+          bad ? static_cast<Real>(NAN) : static_cast<Real>(slope) * unit;
+    }
+  }
+  const double sum = cub::BlockReduce<double, kThreads>(scratch).Sum(cost);
+  if (threadIdx.x == 0) work.costs[blockIdx.x] = bad ? NAN : sum;
+}
+
+// Adds up what blocks found, in one order.
+template <typename Real>
+__global__ void __launch_bounds__(kThreads)
+    values_kernel(TransportArguments work, int64_t blocks, double mass) {
+  __shared__ typename cub::BlockReduce<double, kThreads>::TempStorage scratch;
+  const int64_t slot = work.pass.first + blockIdx.x;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
+    sum += work.costs[blockIdx.x * blocks + i];
+  }
+  sum = cub::BlockReduce<double, kThreads>(scratch).Sum(sum);
+  if (threadIdx.x == 0) {
+    static_cast<Real*>(work.values)[slot] =
+        static_cast<Real>(ldexp(sum / mass, work.p * work.exponents[slot]));
+  }
+}
+
+// A point's slopes of all directions of the pass, times these.
+template <typename Real, int D>
+__global__ void __launch_bounds__(kThreads)
+    pull_kernel(PullArguments work, int64_t first_batch, int64_t tiles) {
+  const Pass& pass = work.pass;
+  const int64_t b = first_batch + blockIdx.x / tiles, n = work.count;
+  const int64_t i = blockIdx.x % tiles * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const int64_t from = max(pass.first, b * pass.directions);
+  const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
+  const Real* slopes = static_cast<const Real*>(work.slopes) + i;
+  const Real* grad = static_cast<const Real*>(work.grad);
+  Real sum[D] = {};
+#pragma unroll 8
+  for (int64_t slot = from; slot < to; ++slot) {
+    const Real* theta =
+        static_cast<const Real*>(work.directions.data) + (slot - b * pass.directions) * D;
+    const Real slope = slopes[(slot - pass.first) * n] * (grad ? __ldg(grad + slot) : Real(1));
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum[k] = fma(slope, __ldg(theta + k), sum[k]);
+  }
+  const double mass = work.weights ? work.weights[b * n + i] : 1.0 / static_cast<double>(n);
+  const Real scale = static_cast<Real>(mass * work.scale);
+  Real* out = static_cast<Real*>(work.out) + (b * n + i) * D;
+  const bool continued = from > b * pass.directions;
+#pragma unroll
+  for (int k = 0; k < D; ++k) out[k] = sum[k] * scale + (continued ? out[k] : Real(0));
+}
+
+// The batch elements of a pass, and a grid of blocks for some points of each.
+struct Batches {
+  int64_t first, count;
+  explicit Batches(const Pass& pass)
+      : first(pass.first / pass.directions),
+        count((pass.first + pass.slots - 1) / pass.directions - first + 1) {}
+};
+
+template <typename Body>
+void with_projecting(const Points& points, const Directions& directions, const Pass& pass,
+                     Body&& body) {
+  with_real(points.format == Format::float64, [&](auto zero) {
+    using Real = decltype(zero);
+    with_dim(points.dim, [&](auto dim) {
+      const Batches batches(pass);
+      const int64_t tiles = ceil_div(points.count, kThreads * kKeysPoints);
+      const Projecting<Real, dim> projecting{
+          points, static_cast<const Real*>(directions.data), pass, batches.first, tiles};
+      body(projecting, grid(tiles * batches.count), zero, dim);
+    });
+  });
+}
+
+}  // namespace
+
+void sliced_wasserstein_grid(const GridArguments& a, Place place) {
+  const DeviceGuard guard(place.device);
+  with_real(a.is_double, [&](auto zero) {
+    const unsigned blocks = grid(ceil_div(a.batch * a.directions, kThreads));
+    grid_kernel<decltype(zero)><<<blocks, kThreads, 0, stream_of(place)>>>(a);
+    check(cudaGetLastError(), "the launch of grid_kernel");
+  });
+}
+
+void sliced_wasserstein_keys(const KeysArguments& a, Place place) {
+  const DeviceGuard guard(place.device);
+  with_projecting(a.points, a.directions, a.pass,
+                  [&](auto projecting, unsigned blocks, auto zero, auto dim) {
+                    using Real = decltype(zero);
+                    keys_kernel<Real, dim><<<blocks, kThreads, 0, stream_of(place)>>>(
+                        projecting, a.bits, a.exponents, a.poison,
+                        static_cast<Key<Real>*>(a.keys), a.number);
+                    check(cudaGetLastError(), "the launch of keys_kernel");
+                  });
+}
+
+void sliced_wasserstein_project(const Points& points, const Directions& directions,
+                                const Pass& pass, void* out, Place place) {
+  const DeviceGuard guard(place.device);
+  with_projecting(points, directions, pass,
+                  [&](auto projecting, unsigned blocks, auto zero, auto dim) {
+                    using Real = decltype(zero);
+                    project_kernel<Real, dim><<<blocks, kThreads, 0, stream_of(place)>>>(
+                        projecting, static_cast<Real*>(out));
+                    check(cudaGetLastError(), "the launch of project_kernel");
+                  });
+}
+
+int64_t prefix_chunks(int64_t count) { return ceil_div(count, kPrefixChunk); }
+
+void sliced_wasserstein_levels(const uint32_t* number, const double* weights, int64_t count,
+                               const Pass& pass, double* levels, void* totals, Place place) {
+  const DeviceGuard guard(place.device);
+  const cudaStream_t stream = stream_of(place);
+  Mass* sums = reinterpret_cast<Mass*>(levels);
+  prefix<Mass>(WeightSource{number, weights, count, pass}, WeightSink{sums, count}, pass.slots,
+               count, totals, stream);
+  normalize_kernel<<<grid(ceil_div(count, kThreads) * pass.slots), kThreads, 0, stream>>>(count,
+                                                                                          sums);
+  check(cudaGetLastError(), "the launch of normalize_kernel");
+  finish_levels_kernel<<<grid(ceil_div(pass.slots, kThreads)), kThreads, 0, stream>>>(
+      count, pass.slots, levels);
+  check(cudaGetLastError(), "the launch of finish_levels_kernel");
+}
+
+int64_t transport_blocks(int64_t n, int64_t m) {
+  return ceil_div(n, kTransportTile) + ceil_div(m, kTransportTile);
+}
+
+void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
+  const DeviceGuard guard(place.device);
+  const cudaStream_t stream = stream_of(place);
+  const auto launch = [&](auto zero, auto weighted) {
+    using Real = decltype(zero);
+    const auto moments = [&](const SortedSide& side, int64_t wide) {
+      prefix<double>(MomentSource<Real, weighted>{side, a, wide},
+                     MomentSink{side.moments, side.count}, a.pass.slots, side.count, a.totals,
+                     stream);
+    };
+    if (a.x.moments) moments(a.x, a.y.count);
+    if (a.y.moments) moments(a.y, a.x.count);
+    const int64_t n = a.x.count, m = a.y.count;
+    // Where the points of both sides meet one to one, all pieces begin with a point of x.
+    const bool both = weighted || n != m || a.y.slopes;
+    const int64_t tiles_x = ceil_div(n, kTransportTile);
+    const int64_t tiles_y = both ? ceil_div(m, kTransportTile) : 0;
+    transport_kernel<Real, weighted>
+        <<<grid(a.pass.slots * (tiles_x + tiles_y)), kThreads, 0, stream>>>(a, tiles_x, tiles_y);
+    check(cudaGetLastError(), "the launch of transport_kernel");
+    const double mass = weighted ? 1.0 : static_cast<double>(n) * static_cast<double>(m);
+    values_kernel<Real>
+        <<<grid(a.pass.slots), kThreads, 0, stream>>>(a, tiles_x + tiles_y, mass);
+    check(cudaGetLastError(), "the launch of values_kernel");
+  };
+  with_real(a.is_double, [&](auto zero) {
+    if (a.x.kept.levels || a.y.kept.levels) {
+      launch(zero, std::true_type());
+    } else {
+      launch(zero, std::false_type());
+    }
+  });
+}
+
+void sliced_wasserstein_pull(const PullArguments& a, Place place) {
+  const DeviceGuard guard(place.device);
+  const Batches batches(a.pass);
+  const int64_t tiles = ceil_div(a.count, kThreads);
+  with_real(a.is_double, [&](auto zero) {
+    with_dim(a.dim, [&](auto dim) {
+      pull_kernel<decltype(zero), dim>
+          <<<grid(tiles * batches.count), kThreads, 0, stream_of(place)>>>(a, batches.first, tiles);
+      check(cudaGetLastError(), "the launch of pull_kernel");
+    });
+  });
+}
+
+}  // namespace sdcore

@@ -1,0 +1,421 @@
+"""Sliced Wasserstein by sorting on the CUDA backend: what the kernels work in, and their order.
+
+Work memory comes from torch's allocator, which keeps it for this stream. A pass takes some slots,
+pairs of a batch element and a direction, so that memory is bounded; their number follows from
+sizes, or from free memory where that is short, and changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdcore import backends
+from sdcore.ops.pointers import address, described
+from sdcore.ops.sliced_wasserstein_cuda import MOST_COORDINATES, place
+
+# Keys that one pass sorts on each side: 32 directions of a million points, in 0.8 GB. Fewer would
+# leave the GPU idle between launches.
+KEYS_OF_A_PASS = 1 << 25
+# Slots of a pass take 7 bits of a key. The other 25 of 32 are a sign and the 24 that a float32
+# number's significand has.
+MOST_SLOTS = 128
+# A half-precision number has 11 bits at most, and a projection is a sum of few: 17 bits, sign
+# included, take three passes of 8 with those of the slots, where more would take four.
+HALF_BITS = 17
+DOUBLE_BITS = 54
+# Passes of less work memory than this are made without asking how much is free.
+LITTLE = 1 << 26
+
+
+class Points(NamedTuple):
+    points: Tensor  # [B, n, d]
+    weights: Tensor | None  # float64 [B, n]
+
+
+class Kept(NamedTuple):
+    """What ``sort`` makes of a set, contiguous."""
+
+    values: Tensor  # [1 or B, L, m]
+    levels: Tensor  # likewise, or empty
+
+    def described(self) -> tuple[int, int, int, bool]:
+        levels = self.levels.data_ptr() if self.levels.numel() else 0
+        return self.values.data_ptr(), levels, self.values.shape[-1], self.values.shape[0] == 1
+
+
+NONE_KEPT = (0, 0, 0, False)
+
+
+def sort(points: Tensor, directions: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sorted projections [B, L, m], and the weights' sums up to each, float64, empty if equal."""
+    batch, m, _ = points.shape
+    count = len(directions)
+    values = directions.new_empty(batch, count, m)
+    shape = (0,) if weights is None else values.shape
+    levels = values.new_empty(shape, dtype=torch.float64)
+    for first, slots in _passes(batch * count, _slots(m)):
+        rows = _rows(points, directions, first, slots)
+        found, order = rows.sort(-1)
+        values.view(-1, m)[first : first + slots] = found
+        if weights is not None:
+            _sum_weights(
+                order.int(), weights.contiguous(), (first, slots, count), levels.view(-1, m)[first:]
+            )
+    return values, levels
+
+
+def exact(
+    x: Points,
+    y: Points | Kept,
+    directions: Tensor,
+    p: int,
+    grad: Tensor | None,
+    scale: float,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [B, L], and the gradients of their sum, weighted by ``grad`` [B, L] (None: by one)
+    and by ``scale``: Real [B, n, d] and [B, m, d], empty where not needed."""
+    directions = directions.contiguous()
+    grad = None if grad is None else grad.contiguous()
+    x = _dense(x)
+    y = y if isinstance(y, Kept) else _dense(y)
+    batch, _, d = x.points.shape
+    values = directions.new_empty(batch, len(directions))
+    gradients = [directions.new_empty(x.points.shape if need_x else (0,))]
+    if isinstance(y, Kept):
+        gradients.append(directions.new_empty(0))
+    else:
+        gradients.append(directions.new_empty(y.points.shape if need_y else (0,)))
+    if batch:
+        solve = _solve_few if d <= MOST_COORDINATES else _solve_many
+        solve(x, y, directions, p, grad, scale, (need_x, need_y), values, gradients)
+    return values, gradients[0], gradients[1]
+
+
+def _solve_few(
+    x: Points,
+    y: Points | Kept,
+    directions: Tensor,
+    p: int,
+    grad: Tensor | None,
+    scale: float,
+    need: tuple[bool, bool],
+    values: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    problem = _Problem(x, y, directions, p, need)
+    for pass_ in problem.passes():
+        for side, slopes in enumerate(problem.run(pass_, values)):
+            if slopes is None:
+                continue
+            out, weights = gradients[side], (x, y)[side].weights
+            backends.cuda_module().sliced_wasserstein_pull(
+                slopes.data_ptr(),
+                (directions.data_ptr(), len(directions)),
+                out.shape[-1],
+                out.shape[1],
+                pass_,
+                address(grad),
+                scale,
+                address(weights),
+                out.data_ptr(),
+                out.dtype == torch.float64,
+                place(out),
+            )
+
+
+def _solve_many(
+    x: Points,
+    y: Points | Kept,
+    directions: Tensor,
+    p: int,
+    grad: Tensor | None,
+    scale: float,
+    need: tuple[bool, bool],
+    values: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    """Points of many coordinates: matrix products project them, and pull slopes back. In between,
+    each slot of a pass is a batch element with points on a line."""
+    batch, count = values.shape
+    one = directions.new_ones(1, 1)
+    most = max(_count(x), _count(y))
+    for gradient in gradients:
+        gradient.zero_()
+    for first, slots in _passes(batch * count, _slots(most)):
+        here = torch.arange(first, first + slots, device=values.device)
+        lines = []
+        for side in (x, y):
+            if isinstance(side, Kept):
+                row = here % count if side.values.shape[0] == 1 else here
+                levels = side.levels
+                if levels.numel():
+                    levels = levels.flatten(0, 1)[row][:, None]
+                lines.append(Kept(side.values.flatten(0, 1)[row][:, None], levels))
+                continue
+            rows = _rows(side.points, directions, first, slots)[..., None]
+            weights = None if side.weights is None else side.weights[here // count]
+            lines.append(Points(rows, weights))
+        problem = _Problem(lines[0], lines[1], one, p, need, x.points.dtype)
+        found = values.new_empty(slots)
+        for side, slopes in enumerate(problem.run((0, slots, 1), found)):
+            if slopes is not None:
+                _pull_many(slopes, directions, first, grad, gradients[side])
+        values.view(-1)[first : first + slots] = found
+    for side, gradient in enumerate(gradients):
+        if gradient.numel():
+            weights = (x, y)[side].weights
+            if weights is None:
+                gradient *= scale / gradient.shape[1]
+            else:
+                gradient *= (weights * scale)[..., None]
+
+
+def _pull_many(
+    slopes: Tensor, directions: Tensor, first: int, grad: Tensor | None, out: Tensor
+) -> None:
+    count = len(directions)
+    for b, rows, some in _batches(first, len(slopes), count):
+        theta = directions[some]
+        if grad is not None:
+            theta = theta * grad[b, some, None]
+        with torch.autocast("cuda", enabled=False):
+            out[b].addmm_(slopes[rows].mT, theta)
+
+
+class _Problem:
+    """Sets of up to four coordinates, on one grid per slot."""
+
+    def __init__(
+        self,
+        x: Points,
+        y: Points | Kept,
+        directions: Tensor,
+        p: int,
+        need: tuple[bool, bool],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """``dtype``: whose precision the projections have; None: that of the points."""
+        self.sides, self.directions, self.p, self.need = (x, y), directions, p, need
+        self.batch, self.count = x.points.shape[0], len(directions)
+        self.double = directions.dtype == torch.float64
+        self.most = max(_count(x), _count(y))
+        self.bits = _bits(x.points.dtype if dtype is None else dtype, self.most)
+        self.exponents, self.poison = self._grid()
+
+    def _directions(self) -> tuple[int, int]:
+        return self.directions.data_ptr(), self.count
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        kind = torch.int64 if self.double else torch.int32
+        extremes = self.directions.new_zeros(self.batch, self.count, 2, dtype=kind)
+        exponents, poison = extremes.new_empty(
+            2, self.batch, self.count, dtype=torch.int32
+        ).unbind()
+        points = [described(side.points) for side in self.sides if isinstance(side, Points)]
+        kept = [side.described() for side in self.sides if isinstance(side, Kept)]
+        weights = [address(side.weights) if isinstance(side, Points) else 0 for side in self.sides]
+        where = place(extremes)
+        module = backends.cuda_module()
+        module.sliced_wasserstein_range(points, self._directions(), extremes.data_ptr(), where)
+        module.sliced_wasserstein_grid(
+            extremes.data_ptr(),
+            kept[0] if kept else NONE_KEPT,
+            weights,
+            [_count(side) for side in self.sides],
+            self.batch,
+            self.count,
+            self.bits,
+            exponents.data_ptr(),
+            poison.data_ptr(),
+            self.double,
+            where,
+        )
+        return exponents, poison
+
+    def passes(self) -> Iterator[tuple[int, int, int]]:
+        """First slot, slots, directions."""
+        most = _slots(self.most)
+        slots = self.batch * self.count
+        real = self.directions.element_size()
+        # Keys and numbers twice, levels and moments: what a slot takes at the most.
+        each = sum(_count(side) * (2 * (real + 4) + 16) for side in self.sides)
+        # While a graph is captured, sizes alone decide.
+        if min(most, slots) * each > LITTLE and not torch.cuda.is_current_stream_capturing():
+            most = min(most, max(1, _free(self.directions.device) // each))
+        for first, some in _passes(slots, most):
+            yield first, some, self.count
+
+    def run(self, pass_: tuple[int, int, int], values: Tensor) -> list[Tensor | None]:
+        """Values of these slots, and the slopes [slots, n] of each side that needs them."""
+        slots = pass_[1]
+        module, device = backends.cuda_module(), self.directions.device
+        held, sides, slopes = [], [], []
+        for number, side in enumerate(self.sides):
+            moments = None
+            if self.p == 2 and self.need[1 - number]:
+                moments = torch.empty(slots, _count(side), dtype=torch.float64, device=device)
+            if isinstance(side, Kept):
+                sides.append((0, side.described(), 0, 0, address(moments), _count(side)))
+                slopes.append(None)
+                held.append([moments])
+                continue
+            keys, order, levels, spare = self._sorted(side, pass_, self.need[number])
+            # The keys' other buffer, of the same size, is free again.
+            slopes.append(spare if self.need[number] else None)
+            held.append([keys, order, levels, spare, moments])
+            kept = (0, address(levels), _count(side), False)
+            sides.append(
+                (
+                    keys.data_ptr(),
+                    kept,
+                    address(order) if self.need[number] else 0,
+                    address(slopes[number]),
+                    address(moments),
+                    _count(side),
+                )
+            )
+        blocks = module.sliced_wasserstein_transport_blocks(*map(_count, self.sides))
+        chunks = module.sliced_wasserstein_prefix_chunks(self.most)
+        work = torch.empty(slots, blocks + chunks, dtype=torch.float64, device=device)
+        module.sliced_wasserstein_transport(
+            *sides,
+            pass_,
+            self.bits,
+            self.exponents.data_ptr(),
+            self.poison.data_ptr(),
+            self.p,
+            work.data_ptr(),
+            work.view(-1)[slots * blocks :].data_ptr(),
+            values.data_ptr(),
+            self.double,
+            place(work),
+        )
+        return slopes
+
+    def _sorted(
+        self, side: Points, pass_: tuple[int, int, int], need: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Keys, the points' numbers, their levels, and memory for slopes: [slots, n] each."""
+        module, where = backends.cuda_module(), place(side.points)
+        slots, n = pass_[1], side.points.shape[1]
+        like = self.directions
+        keys = like.new_empty(2, slots, n, dtype=torch.int64 if self.double else torch.int32)
+        order = None
+        if need or side.weights is not None:
+            order = like.new_empty(2, slots, n, dtype=torch.int32)
+        module.sliced_wasserstein_keys(
+            described(side.points),
+            self._directions(),
+            pass_,
+            self.bits,
+            self.exponents.data_ptr(),
+            self.poison.data_ptr(),
+            keys.data_ptr(),
+            address(order),
+            where,
+        )
+        bits = self.bits + (slots - 1).bit_length()
+        arguments = keys.element_size(), slots * n, bits
+        size = module.radix_sort_workspace(
+            slots * n, keys.element_size(), order is not None, bits, like.device.index
+        )
+        workspace = like.new_empty(size, dtype=torch.uint8)
+        payload = (0, 0) if order is None else (order[0].data_ptr(), order[1].data_ptr())
+        now = module.radix_sort(
+            (keys[0].data_ptr(), keys[1].data_ptr()),
+            payload,
+            *arguments,
+            workspace.data_ptr(),
+            size,
+            where,
+        )
+        order = None if order is None else order[now]
+        levels = None
+        if side.weights is not None:
+            levels = like.new_empty(slots, n, dtype=torch.float64)
+            _sum_weights(order, side.weights, pass_, levels)
+        return keys[now], order, levels, keys[1 - now].view(like.dtype)
+
+
+def _sum_weights(
+    order: Tensor | None, weights: Tensor, pass_: tuple[int, int, int], levels: Tensor
+) -> None:
+    module, n = backends.cuda_module(), weights.shape[1]
+    chunks = module.sliced_wasserstein_prefix_chunks(n)
+    totals = levels.new_empty(pass_[1], chunks)
+    module.sliced_wasserstein_levels(
+        address(order),
+        weights.data_ptr(),
+        n,
+        pass_,
+        levels.data_ptr(),
+        totals.data_ptr(),
+        place(levels),
+    )
+
+
+def _dense(side: Points) -> Points:
+    return Points(side.points, None if side.weights is None else side.weights.contiguous())
+
+
+def _count(side: Points | Kept) -> int:
+    return side.points.shape[1] if isinstance(side, Points) else side.values.shape[-1]
+
+
+def _slots(most: int) -> int:
+    """Slots of a pass of sets of up to ``most`` points: a power of two."""
+    return min(MOST_SLOTS, 1 << max(0, (KEYS_OF_A_PASS // most).bit_length() - 1))
+
+
+def _bits(dtype: torch.dtype, most: int) -> int:
+    """Of a projection in a key."""
+    if dtype == torch.float64:
+        return DOUBLE_BITS
+    if dtype != torch.float32:
+        return HALF_BITS
+    return 32 - (_slots(most).bit_length() - 1)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that a pass may take: half of what the driver and PyTorch's cache have left."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+
+
+def _passes(slots: int, most: int) -> Iterator[tuple[int, int]]:
+    """First slot and number of slots."""
+    for first in range(0, slots, most):
+        yield first, min(most, slots - first)
+
+
+def _batches(first: int, slots: int, count: int) -> Iterator[tuple[int, slice, slice]]:
+    """Batch elements of slots; which rows of theirs, and which directions, those are."""
+    for b in range(first // count, (first + slots - 1) // count + 1):
+        low, high = max(first, b * count), min(first + slots, (b + 1) * count)
+        yield b, slice(low - first, high - first), slice(low - b * count, high - b * count)
+
+
+def _rows(points: Tensor, directions: Tensor, first: int, slots: int) -> Tensor:
+    """Projections [slots, n] of a pass's slots."""
+    n, d = points.shape[1:]
+    directions = directions.contiguous()
+    rows = directions.new_empty(slots, n)
+    if d <= MOST_COORDINATES:
+        backends.cuda_module().sliced_wasserstein_project(
+            described(points),
+            (directions.data_ptr(), len(directions)),
+            (first, slots, len(directions)),
+            rows.data_ptr(),
+            place(rows),
+        )
+        return rows
+    for b, here, some in _batches(first, slots, len(directions)):
+        with torch.autocast("cuda", enabled=False):
+            torch.mm(directions[some], points[b].to(directions.dtype).mT, out=rows[here])
+    return rows
