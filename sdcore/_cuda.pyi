@@ -133,7 +133,8 @@ def radix_sort(
 
 Pass = tuple[int, int, int]  # first, slots, directions
 Kept = tuple[int, int, int, bool]  # values, levels, count, one
-Sorted = tuple[int, Kept, int, int, int, int]  # keys, kept, number, slopes, moments, count
+Bucketed = tuple[int, int, int, int]  # slopes, places, bits, count
+Sorted = tuple[int, Kept, int, Bucketed, int, int]  # keys, kept, number, bucketed, cursors, moments
 
 def sliced_wasserstein_grid(
     extremes: int,
@@ -168,7 +169,7 @@ def sliced_wasserstein_prefix_chunks(count: int, /) -> int: ...
 def sliced_wasserstein_levels(
     number: int, weights: int, count: int, pass_: Pass, levels: int, totals: int, place: Place, /
 ) -> None: ...
-def sliced_wasserstein_transport_blocks(n: int, m: int, /) -> int: ...
+def sliced_wasserstein_transport_blocks(n: int, m: int, is_double: bool, /) -> int: ...
 def sliced_wasserstein_transport(
     x: Sorted,
     y: Sorted,
@@ -184,11 +185,15 @@ def sliced_wasserstein_transport(
     place: Place,
     /,
 ) -> None: ...
+def sliced_wasserstein_bucket_bits(count: int, /) -> int: ...
+def sliced_wasserstein_can_pull_buckets(bits: int, /) -> bool: ...
+def sliced_wasserstein_unpack(
+    from_: Bucketed, slots: int, out: int, is_double: bool, place: Place, /
+) -> None: ...
 def sliced_wasserstein_pull(
-    slopes: int,
+    from_: Bucketed,
     directions: Directions,
     dim: int,
-    count: int,
     pass_: Pass,
     grad: int,
     scale: float,

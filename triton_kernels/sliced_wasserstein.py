@@ -27,21 +27,25 @@ WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
 # A program's directions and points. Counting in memory is bound by the atomics of the second-level
 # cache, 85 G a second when they spread over many addresses, which more directions help: 411 µs a
 # side for 32 directions of 1,048,576 points on an H200, where (8, 512) takes 625.
+HISTOGRAM_TILE = (32, 128)
+# The points are kept in registers over all directions, and few directions for each exchange among
+# threads.
 RANGE_TILE = (4, 2048)
 RANGE_WARPS = 4
-HISTOGRAM_TILE = (32, 128)
 BACKWARD_POINTS = 1024  # with 8 warps 71 µs; tiles of several directions took 110 and more
 SLOPE_TILE = (8, 512)
 WARPS = 4
 # 48 KiB are what a program may declare in PTX.
 SHARED_WORDS = 12288
 # A program that counts in shared memory: its points at a time, half as many if weighted, and its
-# threads; how many of them a multiprocessor gets, for which a thread may have 64 registers; and its
-# most directions, whose lines are kept in registers: four spill.
+# threads; how many of them a multiprocessor gets, for which a thread may have 64 registers
+# (weighted ones spill then, and come one by one); and its most directions, whose lines are kept in
+# registers: four spill.
 SHARED_HISTOGRAM_POINTS = 2048
 SHARED_HISTOGRAM_WARPS = 16
 SHARED_HISTOGRAM_PROGRAMS = 2
 SHARED_HISTOGRAM_REGISTERS = 64
+SHARED_HISTOGRAM_REGISTERS_WEIGHTED = 80
 SHARED_HISTOGRAM_DIRECTIONS = 3
 # A program that fetches slopes from shared memory, where so many tables lie at most: one in use,
 # the others on their way. With 16 points a thread more registers are needed than there are for
@@ -49,9 +53,10 @@ SHARED_HISTOGRAM_DIRECTIONS = 3
 SHARED_BACKWARD_POINTS = 4096
 SHARED_BACKWARD_WARPS = 16
 SHARED_BACKWARD_TABLES = 3
-# Bins that one program holds at a time when it solves a direction's problem, for p = 2 and p = 1.
+# Bins that one program holds at a time when it solves a direction's problem. More of them, or more
+# warps, spill on some chips.
 BINS = 1024
-BINS_1, WARPS_1 = 2048, 16
+SOLVE_WARPS = 8
 
 
 @triton.jit
@@ -406,8 +411,9 @@ def solve_1_kernel(
     slot = tl.program_id(0).to(tl.int64)
     histogram_x += slot * bins
     histogram_y += slot * bins
-    total_x = _total(histogram_x, bins, BLOCK)
-    total_y = _total(histogram_y, bins, BLOCK)
+    # A division in float64 takes some 30 instructions: none for each bin.
+    unit_x = 1 / _total(histogram_x, bins, BLOCK)
+    unit_y = 1 / _total(histogram_y, bins, BLOCK)
     REAL: tl.constexpr = values.dtype.element_ty
     bad = tl.load(poison + slot) != 0
     nan = float("nan")
@@ -423,8 +429,8 @@ def solve_1_kernel(
         end_y = before_y + tl.cumsum(count_y)
         before_x += tl.sum(count_x)
         before_y += tl.sum(count_y)
-        f, f_before = end_x.to(tl.float64) / total_x, (end_x - count_x).to(tl.float64) / total_x
-        g, g_before = end_y.to(tl.float64) / total_y, (end_y - count_y).to(tl.float64) / total_y
+        f, f_before = end_x.to(tl.float64) * unit_x, (end_x - count_x).to(tl.float64) * unit_x
+        g, g_before = end_y.to(tl.float64) * unit_y, (end_y - count_y).to(tl.float64) * unit_y
         gap += tl.where(valid, tl.abs(f - g), 0.0)
         slope_x = _slope_1(f_before, f, g_before, g, REAL)
         slope_y = _slope_1(g_before, g, f_before, f, REAL)
@@ -440,7 +446,6 @@ def solve_1_kernel(
 def _slope_1(f_before, f, g_before, g, REAL: tl.constexpr):
     from_below = tl.maximum(0.0, tl.minimum(g_before, f) - f_before)
     from_above = tl.maximum(0.0, f - tl.maximum(g, f_before))
-    # A division in float64 takes some 30 instructions: not if the result is float32.
     return (from_below - from_above).to(REAL) / (f - f_before).to(REAL)
 
 
@@ -866,7 +871,9 @@ def _histogram(
     histogram = torch.zeros(batch, count_l, bins, device=points.device, dtype=kind)
     group = _directions_shared(directions, weights, bins)
     if group:
-        long = SHARED_HISTOGRAM_POINTS // (1 if weights is None else 2)
+        long, registers = SHARED_HISTOGRAM_POINTS, SHARED_HISTOGRAM_REGISTERS
+        if weights is not None:
+            long, registers = long // 2, SHARED_HISTOGRAM_REGISTERS_WEIGHTED
         groups = triton.cdiv(count_l, group)
         programs = SHARED_HISTOGRAM_PROGRAMS * _multiprocessors(points)
         chunks = max(1, min(programs // (groups * batch), triton.cdiv(count_n, long)))
@@ -876,11 +883,13 @@ def _histogram(
             *points.stride(), 1, bins,
             D=d, GROUP=group, WORDS=triton.cdiv(group * bins, 1024) * 1024, POINTS=long,
             STEP=32 * SHARED_HISTOGRAM_WARPS, num_warps=SHARED_HISTOGRAM_WARPS,
-            maxnreg=SHARED_HISTOGRAM_REGISTERS,
+            maxnreg=registers,
         )  # fmt: skip
         return histogram
     for first, n, source, projected in _passes(points, directions):
         wide, long = _tile(HISTOGRAM_TILE, directions)
+        if weights is not None:
+            long //= 2  # spills on sm_120 otherwise
         blocks = triton.cdiv(n, long)
         histogram_kernel[(blocks * batch, triton.cdiv(count_l, wide))](
             source, directions, weights, edges, histogram, poison, n, first, count_n, count_l,
@@ -891,8 +900,13 @@ def _histogram(
 
 
 def speaks_ptx(tensor: Tensor) -> bool:
-    """Whether kernels for this tensor may hold PTX: it is how they reach shared memory."""
-    return tensor.is_cuda and torch.version.hip is None
+    """Whether kernels for this tensor may hold PTX, with which they reach shared memory.
+
+    Copies that a program does not wait for are from sm_80 on.
+    """
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 def _directions_shared(directions: Tensor, weights: Tensor | None, bins: int) -> int:
@@ -931,8 +945,9 @@ def _solve_1(
     tables: list[Tensor],
     bins: int,
 ) -> None:
+    _, block = _tile((1, BINS), values)
     solve_1_kernel[(values.numel(),)](
-        *histograms, edges, poison, values, *tables, bins, BLOCK=BINS_1, num_warps=WARPS_1
+        *histograms, edges, poison, values, *tables, bins, BLOCK=block, num_warps=SOLVE_WARPS
     )
 
 
@@ -948,7 +963,7 @@ def _solve_2(
     for histogram in histograms:
         moments = torch.empty(3, *histogram.shape, dtype=torch.float64, device=histogram.device)
         moments_kernel[(values.numel(),)](
-            histogram, *moments, bins, BLOCK=BINS, num_warps=8
+            histogram, *moments, bins, BLOCK=BINS, num_warps=SOLVE_WARPS
         )  # fmt: skip
         sides.append(moments)
     steps = bins.bit_length()
@@ -958,5 +973,5 @@ def _solve_2(
     ):
         solve_2_kernel[(values.numel(),)](
             this[0], *other, edges, poison, values, table, bins, steps,
-            HAS_VALUES=has_values, BLOCK=BINS, num_warps=8,
+            HAS_VALUES=has_values, BLOCK=BINS, num_warps=SOLVE_WARPS,
         )  # fmt: skip

@@ -22,6 +22,12 @@ inline unsigned grid(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+template <typename Kernel>
+void allow_shared_memory(Kernel kernel, int64_t bytes) {
+  SDCORE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)));
+}
+
 // Calls `body` with the number of coordinates as a constant.
 template <typename Body>
 void with_dim(int64_t dim, Body&& body) {

@@ -116,8 +116,11 @@ void gather(Address grad, std::array<int64_t, 2> grad_stride, const PointsArgume
 
 using PassArgument = std::tuple<int64_t, int64_t, int64_t>;           // (first, slots, directions)
 using KeptArgument = std::tuple<Address, Address, int64_t, bool>;     // (values, levels, count, one)
-// (keys, kept, number, slopes, moments, count)
-using SortedArgument = std::tuple<Address, KeptArgument, Address, Address, Address, int64_t>;
+// (slopes, places, bits, count)
+using BucketedArgument = std::tuple<Address, Address, int, int64_t>;
+// (keys, kept, number, bucketed, cursors, moments)
+using SortedArgument =
+    std::tuple<Address, KeptArgument, Address, BucketedArgument, Address, Address>;
 
 sdcore::Pass to_pass(const PassArgument& argument) {
   const auto& [first, slots, directions] = argument;
@@ -129,10 +132,17 @@ sdcore::Kept to_kept(const KeptArgument& argument) {
   return {at<void>(values), at<double>(levels), count, one};
 }
 
+sdcore::Bucketed to_bucketed(const BucketedArgument& argument) {
+  const auto& [slopes, places, bits, count] = argument;
+  return {at<void>(slopes), at<uint16_t>(places), bits, count};
+}
+
 sdcore::SortedSide to_sorted(const SortedArgument& argument) {
-  const auto& [keys, kept, number, slopes, moments, count] = argument;
-  return {at<void>(keys),   to_kept(kept),       at<uint32_t>(number),
-          at<void>(slopes), at<double>(moments), count};
+  const auto& [keys, kept, number, bucketed, cursors, moments] = argument;
+  const auto& [slopes, places, bits, count] = bucketed;
+  return {at<void>(keys),         to_kept(kept),         at<uint32_t>(number),
+          at<void>(slopes),       at<uint16_t>(places),  at<uint32_t>(cursors),
+          bits,                   at<double>(moments),   count};
 }
 
 int sort(const std::array<Address, 2>& keys, const std::array<Address, 2>& payload, int key_bytes,
@@ -191,13 +201,19 @@ void transport(const SortedArgument& x, const SortedArgument& y, const PassArgum
       to_place(place));
 }
 
-void pull(Address slopes, const DirectionsArgument& directions, int64_t dim, int64_t count,
+void unpack(const BucketedArgument& from, int64_t slots, Address out, bool is_double,
+            const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_unpack(to_bucketed(from), slots, at<void>(out), is_double,
+                                    to_place(place));
+}
+
+void pull(const BucketedArgument& from, const DirectionsArgument& directions, int64_t dim,
           const PassArgument& pass, Address grad, double scale, Address weights, Address out,
           bool is_double, const PlaceArgument& place) {
-  sdcore::sliced_wasserstein_pull({at<void>(slopes), to_directions(directions), dim, count,
-                                   to_pass(pass), at<void>(grad), scale, at<double>(weights),
-                                   at<void>(out), is_double},
-                                  to_place(place));
+  sdcore::sliced_wasserstein_pull(
+      {to_bucketed(from), to_directions(directions), dim, to_pass(pass), at<void>(grad), scale,
+       at<double>(weights), at<void>(out), is_double},
+      to_place(place));
 }
 
 py::list architectures() {
@@ -239,6 +255,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sliced_wasserstein_levels", &levels);
   m.def("sliced_wasserstein_transport_blocks", &sdcore::transport_blocks);
   m.def("sliced_wasserstein_transport", &transport);
+  m.def("sliced_wasserstein_bucket_bits", &sdcore::bucket_bits);
+  m.def("sliced_wasserstein_can_pull_buckets", &sdcore::can_pull_buckets);
+  m.def("sliced_wasserstein_unpack", &unpack);
   m.def("sliced_wasserstein_pull", &pull);
   m.def("shared_atomics", &sdcore::shared_atomics, "out"_a, "bins"_a, "updates_per_thread"_a,
         "blocks"_a, "threads"_a, "seed"_a, "device"_a, "stream"_a);

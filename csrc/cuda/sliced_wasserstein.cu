@@ -1028,12 +1028,6 @@ Chip chip(int device) {
   return found;
 }
 
-template <typename Kernel>
-void allow_shared_memory(Kernel kernel, int64_t bytes) {
-  SDCORE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(bytes)));
-}
-
 }  // namespace
 
 void sliced_wasserstein_range(const Points* sides, int count, Directions directions,

@@ -13,8 +13,19 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kKeysPoints = 8;     // of a thread, in registers while the directions come by
-constexpr int kTransportEach = 4;  // sorted points of a thread
-constexpr int kTransportTile = kThreads * kTransportEach;
+constexpr int kTransportThreads = 512;
+// Sorted points of a block. Many, so that those of a bucket make runs worth writing.
+template <typename Real>
+constexpr int kTransportTile = 32768 / sizeof(Real);
+constexpr int kMostTransportTile = kTransportTile<float>;
+// Slopes in the order of sorted points go back to the order of points in two steps: into buckets of
+// points with neighboring numbers, in runs, and within each bucket in shared memory. Writing each
+// to its place at once takes 0.5 ms for 33 million, a memory transaction for each.
+constexpr int kBucketBits = 12;
+constexpr int kMostBucketBits = 14;  // 16384 doubles of shared memory, numbers of 16 bits
+constexpr int kMostBuckets = 1024;
+constexpr int kPullThreads = 512;
+constexpr int kPullEach = (1 << kBucketBits) / kPullThreads;
 constexpr int kPrefixEach = 8;
 constexpr int kPrefixChunk = kThreads * kPrefixEach;
 constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
@@ -382,48 +393,38 @@ template <typename Real, bool Weighted>
 struct Problem {
   using Side = View<Real, Weighted>;
   using Level = typename Side::Level;
+  const Side &mine, &other;
   int p;
+  bool first;  // of pieces that begin where points of both sides do, this side has them
   bool alike;  // both sides have as many points of equal weight: i meets i
 
-  // The cost of the piece of mass that begins where point i does and ends with it or its partner.
-  // Of pieces that begin where points of both sides do, the `first` side has them.
-  __device__ double piece(const Side& mine, const Side& other, uint32_t i, uint32_t j,
-                          bool first) const {
+  // The cost of the piece of mass that begins where point i does, in point j of the other side, and
+  // ends with i or j.
+  __device__ double piece(Code<Real> v, uint32_t i, uint32_t j) const {
     const Level begin = mine.begin(i), end = mine.begin(i + 1);
     if (!(end > begin) || (!first && other.begin(j) == begin)) return 0;
     const Level stop = min(end, other.begin(j + 1));
-    const double gap = fabs(static_cast<double>(mine.code(i) - other.code(j)));
+    const double gap = fabs(static_cast<double>(v - other.code(j)));
     return (p == 1 ? gap : gap * gap) * fmax(0.0, static_cast<double>(stop - begin));
   }
 
-  // The derivative to point i, per unit of mass and in units of the grid, shared by all points that
-  // it ties with: they move as one.
-  __device__ double slope(const Side& mine, const Side& other, uint32_t i, uint32_t j,
-                          const Bracket& bracket, uint32_t tile) const {
-    const Code<Real> v = mine.code(i);
-    uint32_t from = i, to = i + 1;
-    const auto ties = [&](uint32_t k) { return mine.code(k) == v; };
-    if (i > 0 && ties(i - 1)) from = last_run(i - 1, ties);
-    if (to < mine.count && ties(to)) {
-      to = first_where(to, mine.count, [&](uint32_t k) { return !ties(k); });
-    }
+  // The derivative per unit of mass, in units of the grid, to points `from` to `to` - 1, which tie
+  // at v and so move as one. `bracket` holds the partners of point `known`, and of those after it.
+  __device__ double slope(Code<Real> v, uint32_t from, uint32_t to, const Bracket& bracket,
+                          uint32_t known) const {
     const Level begin = mine.begin(from), end = mine.begin(to);
     if (!(end > begin)) return 0;
-    if (alike) {
-      j = from;
-    } else if (from < i) {
-      j = from >= tile ? other.at(begin, bracket.low, bracket.high)
-                       : other.at(begin, 0, other.count - 1);
+    uint32_t j = from, last = to - 1;
+    if (!alike) {
+      j = from >= known ? other.at(begin, bracket.low, bracket.high)
+                        : other.at(begin, 0, other.count - 1);
+      last = first_where(j, other.count - 1, [&](uint32_t k) { return other.begin(k + 1) >= end; });
     }
-    const uint32_t last =
-        alike ? to - 1
-              : first_where(j, other.count - 1, [&](uint32_t k) { return other.begin(k + 1) >= end; });
-    return p == 1 ? slope_1(other, v, begin, end, j, last) : slope_2(other, v, begin, end, j, last);
+    return p == 1 ? slope_1(v, begin, end, j, last) : slope_2(v, begin, end, j, last);
   }
 
   // Mass that is met by points below pulls with +1, by points above with -1.
-  __device__ double slope_1(const Side& other, Code<Real> v, Level begin, Level end, uint32_t j,
-                            uint32_t last) const {
+  __device__ double slope_1(Code<Real> v, Level begin, Level end, uint32_t j, uint32_t last) const {
     const uint32_t equal =
         first_where(j, last + 1, [&](uint32_t k) { return other.code(k) >= v; });
     const uint32_t above =
@@ -434,8 +435,7 @@ struct Problem {
     return static_cast<double>(sum) / static_cast<double>(end - begin);
   }
 
-  __device__ double slope_2(const Side& other, Code<Real> v, Level begin, Level end, uint32_t j,
-                            uint32_t last) const {
+  __device__ double slope_2(Code<Real> v, Level begin, Level end, uint32_t j, uint32_t last) const {
     if (j == last) return 2 * static_cast<double>(v - other.code(j));
     const double partners = other.moment(end, last) - other.moment(begin, j);
     return 2 * (static_cast<double>(v) - partners / static_cast<double>(end - begin));
@@ -463,51 +463,252 @@ struct MomentSink {
   }
 };
 
+// Which points of a tile begin a group of ties, by 32-bit words, and the last such point up to each
+// word, the first from each word on; -1 if there is none.
+template <int Words>
+struct Heads {
+  uint32_t word[Words];
+  int last[Words], next[Words];
+
+  // All of one warp, when the words are there.
+  __device__ void find_last() {
+    constexpr int each = Words / 32;
+    const int lane = threadIdx.x % 32;
+    int found = -1;
+    for (int w = lane * each; w < (lane + 1) * each; ++w) {
+      if (word[w]) found = w * 32 + 31 - __clz(word[w]);
+      last[w] = found;
+    }
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, found, step);
+      if (lane >= step) found = max(found, before);
+    }
+    const int before = __shfl_up_sync(0xffffffffu, found, 1);
+    for (int w = lane * each; lane > 0 && w < (lane + 1) * each && last[w] < 0; ++w) {
+      last[w] = before;
+    }
+  }
+  __device__ void find_next() {
+    constexpr int each = Words / 32;
+    const int lane = threadIdx.x % 32;
+    int found = -1;
+    for (int w = (lane + 1) * each - 1; w >= lane * each; --w) {
+      if (word[w]) found = w * 32 + __ffs(word[w]) - 1;
+      next[w] = found;
+    }
+    for (int step = 1; step < 32; step *= 2) {
+      const int after = __shfl_down_sync(0xffffffffu, found, step);
+      if (lane + step < 32 && found < 0) found = after;
+    }
+    const int after = __shfl_down_sync(0xffffffffu, found, 1);
+    for (int w = (lane + 1) * each - 1; lane < 31 && w >= lane * each && next[w] < 0; --w) {
+      next[w] = after;
+    }
+  }
+  // The head at or before point e of the tile, and the one after it; -1 if outside of the tile.
+  __device__ int at_or_before(int e) const {
+    const uint32_t here = word[e / 32] & (0xffffffffu >> (31 - e % 32));
+    if (here) return e / 32 * 32 + 31 - __clz(here);
+    return e < 32 ? -1 : last[e / 32 - 1];
+  }
+  __device__ int after(int e) const {
+    const uint32_t here = word[e / 32] & ~(0xffffffffu >> (31 - e % 32));
+    if (here) return e / 32 * 32 + __ffs(here) - 1;
+    return e / 32 == Words - 1 ? -1 : next[e / 32 + 1];
+  }
+};
+
+// Slopes of a tile, of points with these numbers, to the buckets.
+struct Staging {
+  uint32_t count[kMostBuckets];   // of the tile's points, by bucket
+  uint32_t before[kMostBuckets];  // in the tile, those of earlier buckets
+  uint32_t target[kMostBuckets];  // where in its bucket a run goes, less `before`
+};
+
+template <typename Real, int Each>
+__device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint32_t* number,
+                                 int points, Staging& staging, uint32_t* numbers, Real* slopes,
+                                 const Real (&slope)[Each]) {
+  using Scan = cub::BlockScan<uint32_t, kTransportThreads>;
+  __shared__ typename Scan::TempStorage scratch;
+  constexpr int some = kMostBuckets / kTransportThreads;
+  const int64_t n = side.count;
+  const int bits = side.bucket_bits;
+  const uint32_t buckets = static_cast<uint32_t>(((n - 1) >> bits) + 1);
+  uint32_t rank[Each];
+  for (uint32_t i = threadIdx.x; i < buckets; i += kTransportThreads) staging.count[i] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < Each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e < points) rank[k] = atomicAdd(&staging.count[number[e] >> bits], 1u);
+  }
+  __syncthreads();
+  uint32_t mine[some], sums[some];
+#pragma unroll
+  for (int j = 0; j < some; ++j) {
+    const uint32_t i = threadIdx.x * some + j;
+    mine[j] = i < buckets ? staging.count[i] : 0;
+  }
+  Scan(scratch).ExclusiveSum(mine, sums);
+#pragma unroll
+  for (int j = 0; j < some; ++j) {
+    const uint32_t i = threadIdx.x * some + j;
+    if (i >= buckets) continue;
+    staging.before[i] = sums[j];
+    if (mine[j]) {
+      staging.target[i] = atomicAdd(side.cursors + row * buckets + i, mine[j]) - sums[j];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < Each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e < points) {
+      // Read once more, from a cache: registers are what is short.
+      const uint32_t to = staging.before[number[e] >> bits] + rank[k];
+      numbers[to] = number[e];
+      slopes[to] = slope[k];
+    }
+  }
+  __syncthreads();
+  Real* out = static_cast<Real*>(side.slopes) + row * n;
+  uint16_t* places = side.places + row * n;
+  for (int e = threadIdx.x; e < points; e += kTransportThreads) {
+    const uint32_t number = numbers[e], bucket = number >> bits;
+    const int64_t to = (static_cast<int64_t>(bucket) << bits) + staging.target[bucket] + e;
+    out[to] = slopes[e];
+    places[to] = static_cast<uint16_t>(number & ((1u << bits) - 1));
+  }
+}
+
 template <typename Real, bool Weighted>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTransportThreads, 2)
     transport_kernel(const __grid_constant__ TransportArguments work, int64_t tiles_x,
                      int64_t tiles_y) {
   using Side = View<Real, Weighted>;
-  __shared__ typename cub::BlockReduce<double, kThreads>::TempStorage scratch;
-  __shared__ Bracket shared;
+  using Reduce = cub::BlockReduce<double, kTransportThreads>;
+  constexpr int size = kTransportTile<Real>, each = size / kTransportThreads;
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  Code<Real>* codes = reinterpret_cast<Code<Real>*>(dynamic);
+  Real* slopes = reinterpret_cast<Real*>(codes + size);
+  __shared__ typename Reduce::TempStorage scratch;
+  __shared__ Heads<size / 32> heads;
+  __shared__ Staging staging;
+  __shared__ Bracket bracket;
+  __shared__ uint32_t tile_from, tile_to;  // the ends of the first and the last group
+
   const int64_t tiles = tiles_x + tiles_y, row = blockIdx.x / tiles;
   int64_t tile = blockIdx.x % tiles;
   const bool first = tile < tiles_x;
   if (!first) tile -= tiles_x;
   const SortedSide &side = first ? work.x : work.y, &partners = first ? work.y : work.x;
   const Side mine(side, work, row, partners.count), other(partners, work, row, side.count);
-  const int exponent = work.exponents[work.pass.first + row];
   const bool bad = work.poison[work.pass.first + row] != 0;
-  const Problem<Real, Weighted> problem{work.p, !Weighted && mine.count == other.count};
-  const uint32_t begin = static_cast<uint32_t>(tile * kTransportTile);
-  const uint32_t end = static_cast<uint32_t>(
-      min(tile * kTransportTile + kTransportTile, static_cast<int64_t>(mine.count)));
-  Bracket bracket = {0, other.count - 1};
-  if (Weighted && other.levels) {
-    // Threads of two warps look where the tile's ends are; the others start from there.
-    if (threadIdx.x == 0) shared.low = other.at(mine.begin(begin), 0, other.count - 1);
-    if (threadIdx.x == 32) shared.high = other.at(mine.begin(end), 0, other.count - 1);
-    __syncthreads();
-    bracket = shared;
-  }
-  Real* slopes = static_cast<Real*>(side.slopes) + row * side.count;
-  const Real unit = work.p == 1 ? Real(1) : static_cast<Real>(ldexp(1.0, exponent));
-  double cost = 0;
+  const bool alike = !Weighted && mine.count == other.count;
+  const Problem<Real, Weighted> problem{mine, other, work.p, first, alike};
+  const uint32_t begin = static_cast<uint32_t>(tile * size);
+  const int points = static_cast<int>(min(static_cast<int64_t>(size), side.count - tile * size));
+  const bool wanted = side.slopes != nullptr;
+
 #pragma unroll
-  for (int k = 0; k < kTransportEach; ++k) {
-    const uint32_t i = begin + k * kThreads + threadIdx.x;
-    if (i >= end) break;
-    const uint32_t j =
-        problem.alike ? i : other.at(mine.begin(i), bracket.low, bracket.high);
-    cost += problem.piece(mine, other, i, j, first);
-    if (side.slopes) {
-      const double slope = problem.slope(mine, other, i, j, bracket, begin);
-      slopes[side.number[row * side.count + i]] =
-          bad ? static_cast<Real>(NAN) : static_cast<Real>(slope) * unit;
+  for (int k = 0; k < each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e < points) codes[e] = mine.code(begin + e);
+  }
+  if (threadIdx.x == 0) bracket = {0, other.count - 1};
+  __syncthreads();
+  if (Weighted && other.levels) {
+    if (threadIdx.x == 0) bracket.low = other.at(mine.begin(begin), 0, other.count - 1);
+    if (threadIdx.x == 32) bracket.high = other.at(mine.begin(begin + points), 0, other.count - 1);
+  }
+  if (wanted) {
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int e = k * kTransportThreads + threadIdx.x;
+      bool head = false;
+      if (e < points) {
+        head = e > 0 ? codes[e] != codes[e - 1] : begin == 0 || mine.code(begin - 1) != codes[0];
+      }
+      const uint32_t word = __ballot_sync(0xffffffffu, head);
+      if (threadIdx.x % 32 == 0) heads.word[e / 32] = word;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) heads.find_last();
+    if (threadIdx.x / 32 == 1) heads.find_next();
+    if (threadIdx.x == 64) {
+      const Code<Real> v = codes[0];
+      const bool head = heads.word[0] & 1;
+      tile_from = head ? begin : last_run(begin - 1, [&](uint32_t k) { return mine.code(k) == v; });
+    }
+    if (threadIdx.x == 96) {
+      const Code<Real> v = codes[points - 1];
+      tile_to = first_where(begin + points, mine.count,
+                            [&](uint32_t k) { return mine.code(k) != v; });
     }
   }
-  const double sum = cub::BlockReduce<double, kThreads>(scratch).Sum(cost);
+  __syncthreads();
+
+  double cost = 0;
+  unsigned long long gaps = 0;
+#pragma unroll 4
+  for (int k = 0; k < each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e >= points) break;
+    const uint32_t i = begin + e;
+    const Code<Real> v = codes[e];
+    Code<Real> gap = 0;
+    if (alike) {
+      gap = v - other.code(i);
+      if (!first) {
+      } else if (work.p == 1) {
+        gaps += gap < 0 ? -gap : gap;
+      } else {
+        cost += static_cast<double>(gap) * static_cast<double>(gap);
+      }
+    } else {
+      cost += problem.piece(v, i, other.at(mine.begin(i), bracket.low, bracket.high));
+    }
+    const bool leads = wanted && (e == 0 || (heads.word[e / 32] >> (e % 32) & 1));
+    if (!leads) continue;
+    const int next = heads.after(e);
+    const uint32_t from = e == 0 ? tile_from : i, to = next < 0 ? tile_to : begin + next;
+    double slope;
+    if (alike && to - from == 1) {
+      slope = work.p == 1 ? (gap > 0) - (gap < 0) : 2 * static_cast<double>(gap);
+    } else {
+      slope = problem.slope(v, from, to, bracket, begin);
+    }
+    slopes[e] = static_cast<Real>(slope);
+  }
+  if (alike) cost = (cost + static_cast<double>(gaps)) * static_cast<double>(mine.wide);
+  const double sum = Reduce(scratch).Sum(cost);
   if (threadIdx.x == 0) work.costs[blockIdx.x] = bad ? NAN : sum;
+  if (!wanted) return;
+
+  __syncthreads();
+  const Real unit = work.p == 1 ? Real(1)
+                                : static_cast<Real>(ldexp(1.0, work.exponents[work.pass.first + row]));
+  const uint32_t* number = side.number + row * side.count + begin;
+  Real slope[each];
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e >= points) break;
+    slope[k] = bad ? static_cast<Real>(NAN) : slopes[max(0, heads.at_or_before(e))] * unit;
+  }
+  if (side.bucket_bits == 0) {  // too many points for buckets
+    Real* out = static_cast<Real*>(side.slopes) + row * side.count;
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int e = k * kTransportThreads + threadIdx.x;
+      if (e < points) out[number[e]] = slope[k];
+    }
+    return;
+  }
+  __syncthreads();
+  uint32_t* numbers = reinterpret_cast<uint32_t*>(codes);  // which are done with
+  write_to_buckets<Real, each>(side, row, number, points, staging, numbers, slopes, slope);
 }
 
 // Adds up what blocks found, in one order.
@@ -527,17 +728,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What a pass adds to the gradient of a point.
+template <typename Real, int D>
+__device__ __forceinline__ void add_pull(const PullArguments& work, int64_t b, int64_t i,
+                                         bool continued, const Real (&sum)[D]) {
+  const int64_t n = work.from.count;
+  const double mass = work.weights ? work.weights[b * n + i] : 1.0 / static_cast<double>(n);
+  const Real scale = static_cast<Real>(mass * work.scale);
+  Real* out = static_cast<Real*>(work.out) + (b * n + i) * D;
+#pragma unroll
+  for (int k = 0; k < D; ++k) out[k] = sum[k] * scale + (continued ? out[k] : Real(0));
+}
+
 // A point's slopes of all directions of the pass, times these.
 template <typename Real, int D>
 __global__ void __launch_bounds__(kThreads)
     pull_kernel(PullArguments work, int64_t first_batch, int64_t tiles) {
   const Pass& pass = work.pass;
-  const int64_t b = first_batch + blockIdx.x / tiles, n = work.count;
+  const int64_t b = first_batch + blockIdx.x / tiles, n = work.from.count;
   const int64_t i = blockIdx.x % tiles * kThreads + threadIdx.x;
   if (i >= n) return;
   const int64_t from = max(pass.first, b * pass.directions);
   const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
-  const Real* slopes = static_cast<const Real*>(work.slopes) + i;
+  const Real* slopes = static_cast<const Real*>(work.from.slopes) + i;
   const Real* grad = static_cast<const Real*>(work.grad);
   Real sum[D] = {};
 #pragma unroll 8
@@ -548,12 +761,91 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < D; ++k) sum[k] = fma(slope, __ldg(theta + k), sum[k]);
   }
-  const double mass = work.weights ? work.weights[b * n + i] : 1.0 / static_cast<double>(n);
-  const Real scale = static_cast<Real>(mass * work.scale);
-  Real* out = static_cast<Real*>(work.out) + (b * n + i) * D;
-  const bool continued = from > b * pass.directions;
+  add_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
+}
+
+// Slopes of one bucket of each of the pass's slots, in shared memory in the order of their points.
+// Calls `each` with the row, when they are there.
+template <typename Real, typename Each>
+__device__ __forceinline__ void for_buckets(const Bucketed& from, int64_t bucket, int64_t row,
+                                            int64_t end, Real* shared, Each&& each) {
+  constexpr int at_once = kPullEach;
+  const int64_t n = from.count, first = bucket << from.bits;
+  const int points = static_cast<int>(min(n - first, int64_t(1) << from.bits));
+  const Real* slopes = static_cast<const Real*>(from.slopes) + first;
+  const uint16_t* places = from.places + first;
+  Real slope[at_once];
+  uint16_t place[at_once];
+  // The next slot's are on their way while these are used.
+  const auto load = [&](int64_t row, int some) {
 #pragma unroll
-  for (int k = 0; k < D; ++k) out[k] = sum[k] * scale + (continued ? out[k] : Real(0));
+    for (int k = 0; k < at_once; ++k) {
+      const int e = some + k * kPullThreads + threadIdx.x;
+      if (e < points) {
+        slope[k] = slopes[row * n + e];
+        place[k] = places[row * n + e];
+      }
+    }
+  };
+  load(row, 0);
+  for (; row < end; ++row) {
+    for (int some = 0; some < points; some += at_once * kPullThreads) {
+      if (some > 0) load(row, some);
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        if (some + k * kPullThreads + threadIdx.x < points) shared[place[k]] = slope[k];
+      }
+    }
+    if (row + 1 < end) load(row + 1, 0);
+    __syncthreads();
+    each(row, points);
+    __syncthreads();
+  }
+}
+
+// To rows of all points.
+template <typename Real>
+__global__ void __launch_bounds__(kPullThreads)
+    unpack_kernel(Bucketed from, Real* out, int64_t buckets) {
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  Real* shared = reinterpret_cast<Real*>(dynamic);
+  const int64_t bucket = blockIdx.x % buckets, row = blockIdx.x / buckets;
+  for_buckets(from, bucket, row, row + 1, shared, [&](int64_t row, int points) {
+    Real* to = out + row * from.count + (bucket << from.bits);
+    for (int e = threadIdx.x; e < points; e += kPullThreads) to[e] = shared[e];
+  });
+}
+
+template <typename Real, int D>
+__global__ void __launch_bounds__(kPullThreads)
+    pull_buckets_kernel(PullArguments work, int64_t first_batch, int64_t buckets) {
+  __shared__ Real shared[1 << kBucketBits];
+  const Pass& pass = work.pass;
+  const int64_t b = first_batch + blockIdx.x / buckets, bucket = blockIdx.x % buckets;
+  const int64_t from = max(pass.first, b * pass.directions);
+  const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
+  const Real* grad = static_cast<const Real*>(work.grad);
+  const Real* directions = static_cast<const Real*>(work.directions.data);
+  Real sum[kPullEach][D] = {};
+  for_buckets(work.from, bucket, from - pass.first, to - pass.first, shared,
+              [&](int64_t row, int points) {
+                const int64_t slot = pass.first + row;
+                const Real* theta = directions + (slot - b * pass.directions) * D;
+                const Real pull = grad ? __ldg(grad + slot) : Real(1);
+#pragma unroll
+                for (int k = 0; k < kPullEach; ++k) {
+                  const int e = k * kPullThreads + threadIdx.x;
+                  const Real slope = e < points ? shared[e] * pull : Real(0);
+#pragma unroll
+                  for (int c = 0; c < D; ++c) sum[k][c] = fma(slope, __ldg(theta + c), sum[k][c]);
+                }
+              });
+  const int64_t n = work.from.count;
+#pragma unroll
+  for (int k = 0; k < kPullEach; ++k) {
+    const int64_t i = (bucket << kBucketBits) + k * kPullThreads + threadIdx.x;
+    if (i < n) add_pull<Real, D>(work, b, i, from > b * pass.directions, sum[k]);
+  }
 }
 
 // The batch elements of a pass, and a grid of blocks for some points of each.
@@ -631,8 +923,16 @@ void sliced_wasserstein_levels(const uint32_t* number, const double* weights, in
   check(cudaGetLastError(), "the launch of finish_levels_kernel");
 }
 
-int64_t transport_blocks(int64_t n, int64_t m) {
-  return ceil_div(n, kTransportTile) + ceil_div(m, kTransportTile);
+int64_t transport_blocks(int64_t n, int64_t m, bool is_double) {
+  const int64_t tile = is_double ? kTransportTile<double> : kTransportTile<float>;
+  return ceil_div(n, tile) + ceil_div(m, tile);
+}
+
+int bucket_bits(int64_t count) {
+  for (int bits = kBucketBits; bits <= kMostBucketBits; ++bits) {
+    if (ceil_div(count, int64_t(1) << bits) <= kMostBuckets) return bits;
+  }
+  return 0;
 }
 
 void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
@@ -650,10 +950,13 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
     const int64_t n = a.x.count, m = a.y.count;
     // Where the points of both sides meet one to one, all pieces begin with a point of x.
     const bool both = weighted || n != m || a.y.slopes;
-    const int64_t tiles_x = ceil_div(n, kTransportTile);
-    const int64_t tiles_y = both ? ceil_div(m, kTransportTile) : 0;
-    transport_kernel<Real, weighted>
-        <<<grid(a.pass.slots * (tiles_x + tiles_y)), kThreads, 0, stream>>>(a, tiles_x, tiles_y);
+    constexpr int64_t tile = kTransportTile<Real>;
+    const int64_t tiles_x = ceil_div(n, tile), tiles_y = both ? ceil_div(m, tile) : 0;
+    const unsigned blocks = grid(a.pass.slots * (tiles_x + tiles_y));
+    const int64_t bytes = tile * (sizeof(Code<Real>) + sizeof(Real));
+    auto* kernel = transport_kernel<Real, weighted>;
+    allow_shared_memory(kernel, bytes);
+    kernel<<<blocks, kTransportThreads, bytes, stream>>>(a, tiles_x, tiles_y);
     check(cudaGetLastError(), "the launch of transport_kernel");
     const double mass = weighted ? 1.0 : static_cast<double>(n) * static_cast<double>(m);
     values_kernel<Real>
@@ -669,14 +972,40 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
   });
 }
 
+void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool is_double,
+                               Place place) {
+  const DeviceGuard guard(place.device);
+  with_real(is_double, [&](auto zero) {
+    using Real = decltype(zero);
+    const int64_t buckets = ceil_div(from.count, int64_t(1) << from.bits);
+    const int64_t bytes = sizeof(Real) << from.bits;
+    auto* kernel = unpack_kernel<Real>;
+    allow_shared_memory(kernel, bytes);
+    kernel<<<grid(slots * buckets), kPullThreads, bytes, stream_of(place)>>>(
+        from, static_cast<Real*>(out), buckets);
+    check(cudaGetLastError(), "the launch of unpack_kernel");
+  });
+}
+
+bool can_pull_buckets(int bits) { return bits == kBucketBits; }
+
 void sliced_wasserstein_pull(const PullArguments& a, Place place) {
   const DeviceGuard guard(place.device);
   const Batches batches(a.pass);
-  const int64_t tiles = ceil_div(a.count, kThreads);
+  const cudaStream_t stream = stream_of(place);
   with_real(a.is_double, [&](auto zero) {
+    using Real = decltype(zero);
     with_dim(a.dim, [&](auto dim) {
-      pull_kernel<decltype(zero), dim>
-          <<<grid(tiles * batches.count), kThreads, 0, stream_of(place)>>>(a, batches.first, tiles);
+      if (can_pull_buckets(a.from.bits)) {
+        const int64_t buckets = ceil_div(a.from.count, 1 << kBucketBits);
+        pull_buckets_kernel<Real, dim><<<grid(buckets * batches.count), kPullThreads, 0, stream>>>(
+            a, batches.first, buckets);
+        check(cudaGetLastError(), "the launch of pull_buckets_kernel");
+        return;
+      }
+      const int64_t tiles = ceil_div(a.from.count, kThreads);
+      pull_kernel<Real, dim>
+          <<<grid(tiles * batches.count), kThreads, 0, stream>>>(a, batches.first, tiles);
       check(cudaGetLastError(), "the launch of pull_kernel");
     });
   });

@@ -70,14 +70,29 @@ int64_t prefix_chunks(int64_t count);
 void sliced_wasserstein_levels(const uint32_t* number, const double* weights, int64_t count,
                                const Pass& pass, double* levels, void* totals, Place place);
 
+// Slopes of points, Real [slots, count]: those of 2^bits points with neighboring numbers are
+// together, a bucket, in no order; `places` tells which of its points each belongs to. With zero
+// bits there are no buckets: they are in the order of the points.
+struct Bucketed {
+  const void* slopes;
+  const uint16_t* places;  // [slots, count]
+  int bits;
+  int64_t count;
+};
+// Bits for so many points.
+int bucket_bits(int64_t count);
+
 // One side of a transport problem: sorted keys, or what was sorted before.
 struct SortedSide {
   const void* keys;  // as sorted; null for a kept set
   Kept kept;         // levels of keys have a row for each of the pass's slots
   const uint32_t* number;  // of each sorted point; null: no gradient is wanted
-  void* slopes;            // Real [slots, count], written: the derivative per unit of weight, of
-                           // each point by its number
-  double* moments;         // workspace [slots, count]; for p = 2, if the other side wants slopes
+  // Written, as `Bucketed` says: the derivative per unit of weight. Null: not wanted.
+  void* slopes;
+  uint16_t* places;
+  uint32_t* cursors;  // workspace [slots, buckets], zeroed
+  int bucket_bits;
+  double* moments;  // workspace [slots, count]; for p = 2, if the other side wants slopes
   int64_t count;
 };
 
@@ -88,20 +103,27 @@ struct TransportArguments {
   const int* exponents;
   const int* poison;
   int p;
-  double* costs;   // workspace [slots, transport_blocks(x, y)]
-  void* totals;    // workspace [slots, prefix_chunks(the larger count)] of 8 bytes; for p = 2
-  void* values;    // Real [batch, directions]: those of the pass are written
+  double* costs;  // workspace [slots, transport_blocks(n, m, is_double)]
+  void* totals;   // workspace [slots, prefix_chunks(the larger count)] of 8 bytes; for p = 2
+  void* values;   // Real [batch, directions]: those of the pass are written
   bool is_double;
 };
-int64_t transport_blocks(int64_t n, int64_t m);
+int64_t transport_blocks(int64_t n, int64_t m, bool is_double);
 void sliced_wasserstein_transport(const TransportArguments& arguments, Place place);
+
+// Slopes, Real [slots, count], in the order of the points.
+void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool is_double,
+                               Place place);
+
+// Whether `sliced_wasserstein_pull` takes slopes in buckets of so many bits.
+bool can_pull_buckets(int bits);
 
 // The gradient to points, Real [batch, count, dim], from the slopes of a pass; added to what is
 // there for a batch element whose first direction is in an earlier pass.
 struct PullArguments {
-  const void* slopes;  // Real [slots, count]
+  Bucketed from;
   Directions directions;
-  int64_t dim, count;
+  int64_t dim;
   Pass pass;
   const void* grad;  // Real [batch, directions], or null: `scale` for all
   double scale;

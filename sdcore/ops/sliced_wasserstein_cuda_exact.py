@@ -8,7 +8,7 @@ sizes, or from free memory where that is short, and changes no result.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,31 @@ class Kept(NamedTuple):
 
 
 NONE_KEPT = (0, 0, 0, False)
+
+
+class Slopes(NamedTuple):
+    """Slopes [slots, n] of a pass, in buckets; csrc/cuda/sliced_wasserstein_exact.h."""
+
+    slopes: Tensor
+    places: Tensor
+    spare: Tensor  # memory for as many slopes
+    bits: int
+
+    def described(self) -> tuple[int, int, int, int]:
+        return self.slopes.data_ptr(), self.places.data_ptr(), self.bits, self.slopes.shape[1]
+
+    def in_order(self) -> Slopes:
+        """In the order of the points."""
+        if self.bits == 0:
+            return self
+        backends.cuda_module().sliced_wasserstein_unpack(
+            self.described(),
+            self.slopes.shape[0],
+            self.spare.data_ptr(),
+            self.slopes.dtype == torch.float64,
+            place(self.slopes),
+        )
+        return Slopes(self.spare, self.places, self.slopes, 0)
 
 
 def sort(points: Tensor, directions: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,12 +138,14 @@ def _solve_few(
         for side, slopes in enumerate(problem.run(pass_, values)):
             if slopes is None:
                 continue
+            module = backends.cuda_module()
             out, weights = gradients[side], (x, y)[side].weights
-            backends.cuda_module().sliced_wasserstein_pull(
-                slopes.data_ptr(),
+            if not module.sliced_wasserstein_can_pull_buckets(slopes.bits):
+                slopes = slopes.in_order()
+            module.sliced_wasserstein_pull(
+                slopes.described(),
                 (directions.data_ptr(), len(directions)),
                 out.shape[-1],
-                out.shape[1],
                 pass_,
                 address(grad),
                 scale,
@@ -165,7 +192,7 @@ def _solve_many(
         found = values.new_empty(slots)
         for side, slopes in enumerate(problem.run((0, slots, 1), found)):
             if slopes is not None:
-                _pull_many(slopes, directions, first, grad, gradients[side])
+                _pull_many(slopes.in_order().slopes, directions, first, grad, gradients[side])
         values.view(-1)[first : first + slots] = found
     for side, gradient in enumerate(gradients):
         if gradient.numel():
@@ -251,57 +278,57 @@ class _Problem:
         for first, some in _passes(slots, most):
             yield first, some, self.count
 
-    def run(self, pass_: tuple[int, int, int], values: Tensor) -> list[Tensor | None]:
-        """Values of these slots, and the slopes [slots, n] of each side that needs them."""
-        slots = pass_[1]
-        module, device = backends.cuda_module(), self.directions.device
-        held, sides, slopes = [], [], []
-        for number, side in enumerate(self.sides):
-            moments = None
-            if self.p == 2 and self.need[1 - number]:
-                moments = torch.empty(slots, _count(side), dtype=torch.float64, device=device)
-            if isinstance(side, Kept):
-                sides.append((0, side.described(), 0, 0, address(moments), _count(side)))
-                slopes.append(None)
-                held.append([moments])
-                continue
-            keys, order, levels, spare = self._sorted(side, pass_, self.need[number])
-            # The keys' other buffer, of the same size, is free again.
-            slopes.append(spare if self.need[number] else None)
-            held.append([keys, order, levels, spare, moments])
-            kept = (0, address(levels), _count(side), False)
-            sides.append(
-                (
-                    keys.data_ptr(),
-                    kept,
-                    address(order) if self.need[number] else 0,
-                    address(slopes[number]),
-                    address(moments),
-                    _count(side),
-                )
-            )
-        blocks = module.sliced_wasserstein_transport_blocks(*map(_count, self.sides))
+    def run(self, pass_: tuple[int, int, int], values: Tensor) -> list[Slopes | None]:
+        """Values of these slots, and the slopes of each side that needs them."""
+        slots, device = pass_[1], self.directions.device
+        module = backends.cuda_module()
+        sides = [self._sorted(number, pass_) for number in (0, 1)]
+        blocks = module.sliced_wasserstein_transport_blocks(*map(_count, self.sides), self.double)
         chunks = module.sliced_wasserstein_prefix_chunks(self.most)
-        work = torch.empty(slots, blocks + chunks, dtype=torch.float64, device=device)
+        work = torch.empty(slots * (blocks + chunks), dtype=torch.float64, device=device)
         module.sliced_wasserstein_transport(
-            *sides,
+            *(side.described() for side in sides),
             pass_,
             self.bits,
             self.exponents.data_ptr(),
             self.poison.data_ptr(),
             self.p,
             work.data_ptr(),
-            work.view(-1)[slots * blocks :].data_ptr(),
+            work[slots * blocks :].data_ptr(),
             values.data_ptr(),
             self.double,
             place(work),
         )
-        return slopes
+        return [side.slopes for side in sides]
 
-    def _sorted(
+    def _sorted(self, number: int, pass_: tuple[int, int, int]) -> _Sorted:
+        """One side's points in order, with memory for what is to be found of them."""
+        module, side, like = backends.cuda_module(), self.sides[number], self.directions
+        slots, n = pass_[1], _count(side)
+        moments = None
+        if self.p == 2 and self.need[1 - number]:
+            moments = like.new_empty(slots, n, dtype=torch.float64)
+        if isinstance(side, Kept):
+            return _Sorted(n, None, side.described(), side, None, None, None, moments)
+        keys, order = self._sort(side, pass_, self.need[number])
+        levels = slopes = cursors = None
+        if side.weights is not None:
+            levels = like.new_empty(slots, n, dtype=torch.float64)
+            _sum_weights(order[0], side.weights, pass_, levels)
+        if self.need[number]:
+            bits = module.sliced_wasserstein_bucket_bits(n)
+            # The other buffers of sorting are free again; the keys' own is, once they are used.
+            slopes = Slopes(keys[1].view(like.dtype), order[1], keys[0].view(like.dtype), bits)
+            if bits:
+                cursors = order[0].new_zeros(slots, -(-n >> bits))
+        kept = (0, address(levels), n, False)
+        return _Sorted(n, keys[0], kept, levels, order, slopes, cursors, moments)
+
+    def _sort(
         self, side: Points, pass_: tuple[int, int, int], need: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Keys, the points' numbers, their levels, and memory for slopes: [slots, n] each."""
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Sorted keys and the points' numbers, [slots, n], each with a spare buffer; numbers only
+        where they are needed."""
         module, where = backends.cuda_module(), place(side.points)
         slots, n = pass_[1], side.points.shape[1]
         like = self.directions
@@ -320,37 +347,56 @@ class _Problem:
             address(order),
             where,
         )
-        bits = self.bits + (slots - 1).bit_length()
-        arguments = keys.element_size(), slots * n, bits
-        size = module.radix_sort_workspace(
-            slots * n, keys.element_size(), order is not None, bits, like.device.index
+        bits, size = self.bits + (slots - 1).bit_length(), keys.element_size()
+        bytes_ = module.radix_sort_workspace(
+            slots * n, size, order is not None, bits, like.device.index
         )
-        workspace = like.new_empty(size, dtype=torch.uint8)
-        payload = (0, 0) if order is None else (order[0].data_ptr(), order[1].data_ptr())
+        workspace = like.new_empty(bytes_, dtype=torch.uint8)
         now = module.radix_sort(
             (keys[0].data_ptr(), keys[1].data_ptr()),
-            payload,
-            *arguments,
-            workspace.data_ptr(),
+            (0, 0) if order is None else (order[0].data_ptr(), order[1].data_ptr()),
             size,
+            slots * n,
+            bits,
+            workspace.data_ptr(),
+            bytes_,
             where,
         )
-        order = None if order is None else order[now]
-        levels = None
-        if side.weights is not None:
-            levels = like.new_empty(slots, n, dtype=torch.float64)
-            _sum_weights(order, side.weights, pass_, levels)
-        return keys[now], order, levels, keys[1 - now].view(like.dtype)
+        return (keys[now], keys[1 - now]), None if order is None else (order[now], order[1 - now])
+
+
+class _Sorted(NamedTuple):
+    """A side of a pass, as the transport kernel takes it."""
+
+    count: int
+    keys: Tensor | None
+    kept: tuple[int, int, int, bool]
+    held: object  # what the addresses in `kept` belong to
+    order: tuple[Tensor, Tensor] | None
+    slopes: Slopes | None
+    cursors: Tensor | None
+    moments: Tensor | None
+
+    def described(self) -> tuple[Any, ...]:
+        slopes = self.slopes
+        return (
+            address(self.keys),
+            self.kept,
+            0 if self.order is None else self.order[0].data_ptr(),
+            (0, 0, 0, self.count) if slopes is None else slopes.described(),
+            address(self.cursors),
+            address(self.moments),
+        )
 
 
 def _sum_weights(
-    order: Tensor | None, weights: Tensor, pass_: tuple[int, int, int], levels: Tensor
+    order: Tensor, weights: Tensor, pass_: tuple[int, int, int], levels: Tensor
 ) -> None:
     module, n = backends.cuda_module(), weights.shape[1]
     chunks = module.sliced_wasserstein_prefix_chunks(n)
     totals = levels.new_empty(pass_[1], chunks)
     module.sliced_wasserstein_levels(
-        address(order),
+        order.data_ptr(),
         weights.data_ptr(),
         n,
         pass_,
