@@ -8,6 +8,11 @@
 
 namespace sdcore {
 
+// Bytes of a number.
+__host__ __device__ constexpr int64_t size_of(Format format) {
+  return format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
+}
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

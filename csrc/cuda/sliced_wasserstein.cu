@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "async.cuh"
+#include "chip.h"
 #include "launch.cuh"
 #include "ordered.cuh"
 #include "points.cuh"
@@ -13,16 +15,26 @@ namespace {
 
 // Blocks that count and that fetch have one multiprocessor to themselves: what limits them is its
 // shared memory. Half the threads that fit leave each the registers to have the next points on
-// their way.
+// their way. One more warp has the copy engine bring what they need.
 constexpr int kCountThreads = 512;
-template <typename Real, bool Weighted>
-constexpr int kCountPoints = 32 / sizeof(Real) / (Weighted ? 2 : 1);  // of a thread at a time
+constexpr int kCountBlock = kCountThreads + 32;
+// Points of a thread at a time. Copied ones come through shared memory, where two tiles have to fit
+// beside the counters of 11 directions.
+template <typename Real, bool Weighted, bool Copied>
+constexpr int kCountPoints = (Copied ? 16 : 32) / sizeof(Real) / (Weighted ? 2 : 1);
+constexpr int kTiles = 2;  // of copied points: one in use, one on its way
+// Directions whose lines a thread keeps in registers: what fits shared memory with 4096 bins. From
+// there, 16 bytes for all lanes of a warp take as long as an increment by all of them.
+constexpr int kMostLines = 11;
+template <typename Real, int D, bool Copied>
+constexpr bool kKeepsLines = Copied && sizeof(Real) == 4 && D <= 3;
 constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
 constexpr int kSolveThreads = kPart / 2;
-constexpr int kGatherThreads = 512;
-constexpr int kDepth = 2;      // stages of tables in shared memory: one in use, one on its way
-constexpr int kMostStage = 6;  // tables of a stage; four in three stages took 5 % longer
+template <int P>
+constexpr int kGatherThreads = P >= 24 ? 256 : 512;
+constexpr int kMostDepth = 3;  // stages of tables in shared memory, in use or on their way
+constexpr int kMostStage = 4;  // tables of a stage
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
 constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
 // In the place of a mass: a projection was not finite, or a weight NaN.
@@ -34,6 +46,11 @@ __host__ __device__ constexpr uint32_t round_up(uint32_t x, uint32_t multiple) {
 __host__ __device__ constexpr uint32_t padded_bins(uint32_t bins) { return round_up(bins, 8); }
 __host__ __device__ constexpr uint32_t parts_of(uint32_t bins) {
   return (bins + kPart - 1) / kPart;
+}
+
+// Points of a chunk, in a multiple that the copy engine can begin at.
+__host__ __device__ constexpr int64_t chunk_of(int64_t n, int64_t chunks) {
+  return ((n + chunks - 1) / chunks + 15) / 16 * 16;
 }
 
 // Projection and bin in one: a point's place between the ends of a direction's bins, from 0 to 1,
@@ -123,8 +140,7 @@ __device__ __forceinline__ double unit_of(double, uint32_t bins) { return bins; 
 template <typename Entry>
 struct Row {
   uint32_t base;
-  __device__ explicit Row(const Entry* row)
-      : base(static_cast<uint32_t>(__cvta_generic_to_shared(row))) {}
+  __device__ explicit Row(const Entry* row) : base(shared_address(row)) {}
   __device__ uint32_t at(uint32_t bin) const {
     return base + bin * static_cast<uint32_t>(sizeof(Entry));
   }
@@ -204,7 +220,7 @@ __global__ void __launch_bounds__(kRangeThreads)
 
 struct HistogramWork {
   Side side[2];
-  int threads[2];  // of a block that counts this side's points, times points of a thread: a tile
+  int threads[2];  // of a block that count this side's points, times points of a thread: a tile
   Directions directions;
   Ends ends;
   uint32_t bins;
@@ -280,10 +296,14 @@ __device__ __forceinline__ void store_8(void* out, int64_t at, int,
 // A block counts one chunk of one side's points for a group of directions, in shared memory, and
 // writes what it counted: adding it to one histogram in memory by atomics takes three times as
 // long, and memory would have to be zeroed.
-template <typename Real, int D, bool Weighted>
-__global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWork work) {
+//
+// Points that lie row after row are copied into shared memory: loads of coordinates three apart
+// take the same pipe as the increments, three times as long as reading them there.
+template <typename Real, int D, bool Weighted, bool Copied>
+__global__ void __launch_bounds__(kCountBlock, 1)
+    histogram_kernel(const __grid_constant__ HistogramWork work) {
   using Sum = std::conditional_t<Weighted, unsigned long long, uint32_t>;
-  constexpr int P = kCountPoints<Real, Weighted>;
+  constexpr int P = kCountPoints<Real, Weighted, Copied>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Ordered<Real> steepest;
   const uint32_t bins = work.bins, pitch = padded_bins(bins + 1);
@@ -303,28 +323,43 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
   const int64_t b = blockIdx.x / chunks / groups;
   const bool second = chunk >= work.side[0].chunks;
   if (second) chunk -= work.side[0].chunks;
-  const Side side = second ? work.side[1] : work.side[0];
+  const Side& side = second ? work.side[1] : work.side[0];
   const int threads = second ? work.threads[1] : work.threads[0];
   const int here = static_cast<int>(min(count - first, static_cast<int64_t>(work.group)));
   const Real* directions = static_cast<const Real*>(work.directions.data) + first * D;
   const int64_t slot = b * count + first;
 
   const int64_t n = side.points.count;
-  const int64_t each = (n + side.chunks - 1) / side.chunks;
+  const int64_t each = chunk_of(n, side.chunks);
   const int64_t begin = min(chunk * each, n), end = min(begin + each, n);
   const bool counts = static_cast<int>(threadIdx.x) < threads;
-  Real next[P][D];
-  if (counts && begin < end) {
-    load<Real, D, P>(side.points, b, begin + threadIdx.x, threads, next);
-  }
-
-  if (blockIdx.x == 0 && threadIdx.x == 0 && work.finished) *work.finished = 0;
-  if (threadIdx.x == 0) steepest = 0;
+  const int64_t tile = static_cast<int64_t>(P) * threads;
   for (uint32_t i = threadIdx.x; i < here * row_words / 4; i += blockDim.x) {
     reinterpret_cast<uint4*>(counters)[i] = make_uint4(0, 0, 0, 0);
   }
   for (uint32_t i = threadIdx.x; i < here * parts; i += blockDim.x) totals[i] = 0;
+  if (threadIdx.x == 0) steepest = 0;
+  [[maybe_unused]] unsigned char* tiles =
+      reinterpret_cast<unsigned char*>(counters + here * row_words);
+#if SDCORE_COPY_ENGINE
+  __shared__ uint64_t arrived[kTiles], used[kTiles];
+  if (Copied && threadIdx.x == 0) {
+    for (int i = 0; i < kTiles; ++i) {
+      barrier_init(arrived + i, 1);
+      barrier_init(used + i, threads / 32);
+    }
+    barriers_made();
+  }
+#endif
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && threadIdx.x == 0 && work.finished) *work.finished = 0;
   __syncthreads();
+  const Points& source = side.points;
+  [[maybe_unused]] Real next[P][D];
+  if (!Copied && counts && begin < end) {
+    load<Real, D, P>(source, b, begin + threadIdx.x, threads, next);
+  }
   for (int g = threadIdx.x; g < here; g += blockDim.x) {
     const Real* theta = directions + g * D;
     lines[g] = line_of<Real, D>(ends_of<Real, D>(work.ends, slot + g, theta), theta);
@@ -334,21 +369,74 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
     atomicMax(&steepest, ordered(largest));
   }
   __syncthreads();
+#if SDCORE_COPY_ENGINE
+  if constexpr (Copied) {
+    const int64_t bytes = tile * D * size_of(source.format);
+    if (threadIdx.x == kCountThreads) {
+      const auto* from = static_cast<const unsigned char*>(source.data) +
+                         (b * source.stride[0] + begin * D) * size_of(source.format);
+      const int64_t all = (end - begin) * D * size_of(source.format);
+      int to = 0;
+      uint32_t parity = 1;  // of a barrier that nobody has used yet, this phase is over
+      for (int64_t at = 0; at < all; at += bytes) {
+        const uint32_t some = static_cast<uint32_t>(min(bytes, all - at));
+        barrier_wait(used + to, parity);
+        barrier_expect(arrived + to, some);
+        copy_bulk(tiles + to * bytes, from + at, some, arrived + to);
+        if (++to == kTiles) {
+          to = 0;
+          parity ^= 1;
+        }
+      }
+    }
+  }
+#endif
   const Real safe = Largest<Real>::value / 4 / fmax(unordered(steepest), Real(1));
   const Real scale = unit_of(Real(), bins);
 
-  const int64_t tile = static_cast<int64_t>(P) * threads;
+  [[maybe_unused]] int now = 0;
+  [[maybe_unused]] uint32_t parity = 0;
+  constexpr bool keeps = kKeepsLines<Real, D, Copied>;
+  [[maybe_unused]] Line<Real, D> kept[keeps ? kMostLines : 1];
+  if constexpr (keeps) {
+#pragma unroll
+    for (int g = 0; g < kMostLines; ++g) kept[g] = lines[min(g, here - 1)];
+  }
   for (int64_t from = begin; counts && from < end; from += tile) {
     Real x[P][D];
+    if constexpr (Copied) {
+#if SDCORE_COPY_ENGINE
+      barrier_wait(arrived + now, parity);
+      // Of a tile that ends early the rest is of an earlier one, or anything: it is taken off.
+      with_format<Real>(source, [&](const auto* format) {
+        using T = std::remove_pointer_t<decltype(format)>;
+        T* data = reinterpret_cast<T*>(tiles) + (now * static_cast<int>(tile) + threadIdx.x) * D;
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+#pragma unroll
+          for (int k = 0; k < D; ++k) x[j][k] = widen(data[j * threads * D + k]);
+        }
+      });
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(used + now);
+      if (++now == kTiles) {
+        now = 0;
+        parity ^= 1;
+      }
+#endif
+    } else {
+#pragma unroll
+      for (int j = 0; j < P; ++j) {
+#pragma unroll
+        for (int k = 0; k < D; ++k) x[j][k] = next[j][k];
+      }
+    }
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       const int64_t i = from + threadIdx.x + j * threads;
       Real size = 0;
 #pragma unroll
-      for (int k = 0; k < D; ++k) {
-        x[j][k] = next[j][k];
-        size += fabs(x[j][k]);
-      }
+      for (int k = 0; k < D; ++k) size += fabs(x[j][k]);
       if (i >= end) {
         x[j][0] = static_cast<Real>(NAN);  // counted in bin 0, and taken off again below
       } else if (!(size < safe)) {
@@ -359,8 +447,8 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
       }
     }
     // The next points are on their way while these are counted.
-    if (from + tile < end) {
-      load<Real, D, P>(side.points, b, from + tile + threadIdx.x, threads, next);
+    if (!Copied && from + tile < end) {
+      load<Real, D, P>(source, b, from + tile + threadIdx.x, threads, next);
     }
     unsigned long long mass[P];
     if constexpr (Weighted) {
@@ -374,11 +462,7 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
         mass[j] = __double2ull_rn(weight * kWeightUnit);
       }
     }
-    Line<Real, D> following = lines[0];
-    for (int g = 0; g < here; ++g) {
-      // One ahead: a load waits for the increments that were issued before it.
-      const Line<Real, D> line = following;
-      following = lines[min(g + 1, here - 1)];
+    const auto count_in = [&](int g, const Line<Real, D>& line) {
       const Row<uint32_t> row(counters + g * row_words);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
@@ -388,6 +472,20 @@ __global__ void __launch_bounds__(kCountThreads, 1) histogram_kernel(HistogramWo
         } else {
           increment(counter);
         }
+      }
+    };
+    if constexpr (keeps) {
+#pragma unroll
+      for (int g = 0; g < kMostLines; ++g) {
+        if (g < here) count_in(g, kept[g]);
+      }
+    } else {
+      Line<Real, D> following = lines[0];
+      for (int g = 0; g < here; ++g) {
+        // One ahead: a load waits for the increments that were issued before it.
+        const Line<Real, D> line = following;
+        following = lines[min(g + 1, here - 1)];
+        count_in(g, line);
       }
     }
   }
@@ -447,37 +545,55 @@ struct Pair {
   T x, y;
 };
 
-// The sums of x and y over the threads before this one, and over all.
-template <typename T>
-__device__ void scan(Pair<T> mine, Pair<T>& before, Pair<T>& total) {
+template <typename T, int N>
+struct Sums {
+  T value[N];
+};
+
+// Sums over the threads before this one, and over all. Once in a kernel.
+template <typename T, int N>
+__device__ void scan(const Sums<T, N>& mine, Sums<T, N>& before, Sums<T, N>& total) {
   constexpr int warps = kSolveThreads / 32;
-  __shared__ Pair<T> scratch[warps];
+  static_assert(warps <= 32);
+  __shared__ Sums<T, N> scratch[warps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Pair<T> sum = mine;
+  const auto scan_warp = [&](Sums<T, N>& sum) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const T x = __shfl_up_sync(0xffffffffu, sum.x, step);
-    const T y = __shfl_up_sync(0xffffffffu, sum.y, step);
-    if (lane >= step) {
-      sum.x += x;
-      sum.y += y;
+    for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const T lower = __shfl_up_sync(0xffffffffu, sum.value[i], step);
+        if (lane >= step) sum.value[i] += lower;
+      }
     }
-  }
-  __syncthreads();  // the scratch of a scan before this one
+  };
+  Sums<T, N> sum = mine;
+  scan_warp(sum);
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  before = {sum.x - mine.x, sum.y - mine.y};
-  total = {0, 0};
+  // Each warp scans the sums of all warps, which saves a second barrier.
+  Sums<T, N> all = lane < warps ? scratch[lane] : Sums<T, N>{};
+  scan_warp(all);
 #pragma unroll
-  for (int other = 0; other < warps; ++other) {
-    const Pair<T> theirs = scratch[other];
-    if (other < warp) {
-      before.x += theirs.x;
-      before.y += theirs.y;
-    }
-    total.x += theirs.x;
-    total.y += theirs.y;
+  for (int i = 0; i < N; ++i) {
+    total.value[i] = __shfl_sync(0xffffffffu, all.value[i], 31);
+    const T earlier = __shfl_sync(0xffffffffu, all.value[i], max(warp - 1, 0));
+    before.value[i] = (warp > 0 ? earlier : T(0)) + sum.value[i] - mine.value[i];
   }
+}
+
+// The sum over all threads, for the first one. Once in a kernel.
+__device__ __forceinline__ double sum_of_block(double mine) {
+  constexpr int warps = kSolveThreads / 32;
+  __shared__ double scratch[warps];
+  const auto sum_warp = [](double x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  };
+  mine = sum_warp(mine);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mine;
+  __syncthreads();
+  return threadIdx.x < 32 ? sum_warp(threadIdx.x < warps ? scratch[threadIdx.x] : 0) : 0;
 }
 
 using Mass = unsigned long long;
@@ -494,7 +610,8 @@ __device__ __forceinline__ void add(Pair<Mass>& sum, uint2 two) {
 template <typename Two>
 __device__ __forceinline__ Pair<Mass> sum_chunks(const void* masses, int64_t at, int64_t chunks,
                                                  int64_t pitch) {
-  constexpr int some = 16;  // loads on their way at a time, the last ones too
+  // Loads on their way at a time: all that the blocks of an H200 write for 32 directions.
+  constexpr int some = sizeof(Two) == 4 ? 44 : 22;
   const Two* from = static_cast<const Two*>(masses) + at / 2;
   Pair<Mass> sum = {0, 0};
   for (int64_t chunk = 0; chunk < chunks; chunk += some, from += some * (pitch / 2)) {
@@ -572,15 +689,20 @@ __device__ Problem begin(const SolveWork<Real>& work) {
   const int64_t slot_y = work.one_y ? l : problem.slot;
   if (threadIdx.x == 0) bad = 0;
   __syncthreads();
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   problem.x = masses_at(work.x, problem.slot, problem.bin, work.bins);
   problem.y = masses_at(work.y, slot_y, problem.bin, work.bins);
   // Of the mass of all parts, that of earlier ones is added to the prefix sums.
-  Pair<Mass> earlier = {0, 0}, all = {0, 0};
+  Sums<Mass, 6> sums = {};
+  sums.value[0] = problem.x.x + problem.x.y;
+  sums.value[1] = problem.y.x + problem.y.y;
   const auto sum = [&](const Histograms& side, int64_t slot, Mass& earlier, Mass& all) {
     const bool known = side.totals != nullptr;
     const int64_t size = known ? side.chunks * parts : work.bins;
     const Mass* from = known ? side.totals + slot * size
                              : static_cast<const Mass*>(side.masses) + slot * side.pitch;
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < size; i += kSolveThreads) {
       const Mass mass = __ldcg(from + i);
       if (mass == kPoison) bad = 1;
@@ -588,17 +710,13 @@ __device__ Problem begin(const SolveWork<Real>& work) {
       if ((known ? i % parts : i / kPart) < part) earlier += mass;
     }
   };
-  sum(work.x, problem.slot, earlier.x, all.x);
-  sum(work.y, slot_y, earlier.y, all.y);
-  Pair<Mass> before, total;
-  scan(all, before, total);
-  problem.unit_x = 1.0 / static_cast<double>(total.x);
-  problem.unit_y = 1.0 / static_cast<double>(total.y);
-  scan(earlier, before, total);
-  const Pair<Mass> mine = {problem.x.x + problem.x.y, problem.y.x + problem.y.y};
-  scan(mine, problem.before, before);
-  problem.before.x += total.x;
-  problem.before.y += total.y;
+  sum(work.x, problem.slot, sums.value[2], sums.value[3]);
+  sum(work.y, slot_y, sums.value[4], sums.value[5]);
+  Sums<Mass, 6> before, total;
+  scan(sums, before, total);
+  problem.unit_x = 1.0 / static_cast<double>(total.value[3]);
+  problem.unit_y = 1.0 / static_cast<double>(total.value[5]);
+  problem.before = {before.value[0] + total.value[2], before.value[1] + total.value[4]};
   problem.bad = bad != 0;
   const Range<Real> range = ends_of<Real, D>(work.ends, problem.slot, work.directions + l * D);
   problem.width = (static_cast<double>(range.high) - static_cast<double>(range.low)) /
@@ -619,10 +737,9 @@ __device__ Real or_nan(bool bad, Real x) {
 template <typename Real>
 __device__ void finish(const SolveWork<Real>& work, bool bad, double cost) {
   __shared__ bool last;
-  Pair<double> before, total;
-  scan(Pair<double>{cost, 0}, before, total);
+  const double total = sum_of_block(cost);
   if (threadIdx.x == 0) {
-    work.costs[blockIdx.x] = or_nan(bad, total.x);
+    work.costs[blockIdx.x] = or_nan(bad, total);
     __threadfence();
     last = atomicAdd(work.finished, 1u) == gridDim.x - 1;
   }
@@ -702,8 +819,8 @@ __global__ void __launch_bounds__(kSolveThreads) moments_kernel(SolveWork<Real> 
                               problem.y.x * problem.unit_y * bin};
   const Pair<double> second = {problem.x.y * problem.unit_x * (bin + 1),
                                problem.y.y * problem.unit_y * (bin + 1)};
-  Pair<double> before, total;
-  scan(Pair<double>{first.x + second.x, first.y + second.y}, before, total);
+  Sums<double, 2> before, total;
+  scan(Sums<double, 2>{{first.x + second.x, first.y + second.y}}, before, total);
   const int64_t slots = work.batch * work.count;
   const auto write = [&](int side, Mass before, const Pair<Mass>& mass, double unit,
                          double moment_before, double first, double second, double all) {
@@ -719,8 +836,10 @@ __global__ void __launch_bounds__(kSolveThreads) moments_kernel(SolveWork<Real> 
     }
     if (threadIdx.x == 0) out.part[blockIdx.x] = all;
   };
-  write(0, problem.before.x, problem.x, problem.unit_x, before.x, first.x, second.x, total.x);
-  write(1, problem.before.y, problem.y, problem.unit_y, before.y, first.y, second.y, total.y);
+  write(0, problem.before.x, problem.x, problem.unit_x, before.value[0], first.x, second.x,
+        total.value[0]);
+  write(1, problem.before.y, problem.y, problem.unit_y, before.value[1], first.y, second.y,
+        total.value[1]);
 }
 
 // The first bin up to which there is more mass than u, or the last bin.
@@ -813,63 +932,24 @@ struct GatherWork {
   const void* edges;
   uint32_t bins;
   int stage;  // tables of a stage of the ring in shared memory
+  int depth;  // its stages
+  bool dense_out;
   Points out;
 };
 
-template <typename Real>
-__device__ __forceinline__ void copy_1(Real* to, const Real* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from),
-               "n"(sizeof(Real))
-               : "memory");
-}
-// Waits until the copies of this thread's oldest stage have arrived.
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 2) : "memory");
-}
-
-// On Hopper and later, one thread has the copy engine fetch a table: copies by all threads were
-// half of the instructions of the kernel.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define SDCORE_COPY_ENGINE 1
-#else
-#define SDCORE_COPY_ENGINE 0
-#endif
 #if !SDCORE_COPY_ENGINE
+// Waits until the copies of this thread's oldest stage have arrived.
+__device__ __forceinline__ void wait_for_copies(int depth) {
+  static_assert(kMostDepth == 3);
+  if (depth == 3) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+}
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-#else
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes,
-                                          uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
 }
 #endif
 
@@ -885,83 +965,116 @@ __host__ __device__ constexpr uint32_t table_pitch(uint32_t bins) {
   return round_up(bins + 1, 16 / sizeof(Real));
 }
 
-// Starts copying `here` tables. An entry past the last of each is the last once more.
+// Whether tables can be copied 16 bytes at a time.
 template <typename Real>
-__device__ __forceinline__ void fetch(const Real* from, Real* to, int here, uint32_t bins,
-                                      uint64_t* barrier) {
-  constexpr uint32_t some = 16 / sizeof(Real);
-  const uint32_t pitch = table_pitch<Real>(bins);
-  const bool whole = bins % some == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
-#if SDCORE_COPY_ENGINE
-  if (threadIdx.x == 0) {
-    barrier_expect(barrier, whole ? here * bins * static_cast<uint32_t>(sizeof(Real)) : 0);
-  }
-#else
-  (void)barrier;
-#endif
-  for (int g = 0; g < here; ++g, from += bins, to += pitch) {
-    if (whole) {
-#if SDCORE_COPY_ENGINE
-      if (threadIdx.x == 0) {
-        copy_bulk(to, from, bins * static_cast<uint32_t>(sizeof(Real)), barrier);
-      }
-#else
-      for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
-        copy_16(to + i, from + i);
-      }
-#endif
-    } else {
-      for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(to + i, from + i);
-    }
-    if (threadIdx.x == 0) copy_1(to + bins, from + bins - 1);
-  }
+__device__ __forceinline__ bool is_whole(const Real* tables, uint32_t bins) {
+  return bins % (16 / sizeof(Real)) == 0 && reinterpret_cast<uintptr_t>(tables) % 16 == 0;
 }
+
+// The tables of all directions, some at a time, a stage, on their way through shared memory. An
+// entry past the last of each is the last once more.
+template <typename Real>
+struct Ring {
+  Real* memory;
+  uint32_t bins;
+  int stage;  // tables of a stage
+  bool whole;
+
+  __device__ uint32_t pitch() const { return table_pitch<Real>(bins); }
+  __device__ Real* at(int slot) const { return memory + slot * stage * pitch(); }
+
+#if SDCORE_COPY_ENGINE
+  // By one warp: copies by all threads were half of the kernel's instructions. `arrived` expects
+  // the warp's 32 lanes, and one of them for the bytes.
+  __device__ void fetch(const Real* tables, int slot, int here, uint64_t* arrived) const {
+    const int lane = threadIdx.x % 32;
+    Real* to = at(slot);
+    if (lane == 0) {
+      const uint32_t bytes = bins * static_cast<uint32_t>(sizeof(Real));
+      barrier_expect(arrived + slot, whole ? here * bytes : 0);
+      for (int g = 0; whole && g < here; ++g) {
+        copy_bulk(to + g * pitch(), tables + g * bins, bytes, arrived + slot);
+      }
+    }
+    for (int g = 0; !whole && g < here; ++g) {
+      for (uint32_t i = lane; i < bins; i += 32) copy_1(to + g * pitch() + i, tables + g * bins + i);
+    }
+    if (lane < here) copy_1(to + lane * pitch() + bins, tables + lane * bins + bins - 1);
+    barrier_arrive_with_copies(arrived + slot);
+  }
+#else
+  // By all threads, one stage.
+  __device__ void fetch(const Real* tables, int slot, int here) const {
+    constexpr uint32_t some = 16 / sizeof(Real);
+    for (int g = 0; g < here; ++g) {
+      const Real* from = tables + g * bins;
+      Real* to = at(slot) + g * pitch();
+      if (whole) {
+        for (uint32_t i = threadIdx.x * some; i < bins; i += blockDim.x * some) {
+          copy_16(to + i, from + i);
+        }
+      } else {
+        for (uint32_t i = threadIdx.x; i < bins; i += blockDim.x) copy_1(to + i, from + i);
+      }
+      if (threadIdx.x == 0) copy_1(to + bins, from + bins - 1);
+    }
+  }
+#endif
+};
 
 // Points stay in registers while the tables of all directions come by.
 template <typename Real, int D, int P>
-__global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork work) {
+__global__ void __launch_bounds__(kGatherThreads<P>, 1)
+    gather_kernel(const __grid_constant__ GatherWork work) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Pull<Real, D> pulls[kPulls];
-  const uint32_t bins = work.bins, pitch = table_pitch<Real>(bins);
+  const uint32_t bins = work.bins;
+  const int stage = work.stage, depth = work.depth, threads = static_cast<int>(blockDim.x);
   const int64_t count = work.directions.count, n = work.points.count;
-  Real* ring = reinterpret_cast<Real*>(shared);
-  const int64_t tiles = (n + P * blockDim.x - 1) / (P * blockDim.x);
-  const int64_t b = blockIdx.x / tiles;
-  const int64_t at = blockIdx.x % tiles * P * blockDim.x + threadIdx.x;
+  const int64_t block = static_cast<int64_t>(P) * threads;
+  const int64_t tiles = (n + block - 1) / block, b = blockIdx.x / tiles;
+  const int64_t begin = blockIdx.x % tiles * block, at = begin + threadIdx.x;
   const Real* tables = static_cast<const Real*>(work.table) + b * count * bins;
+  const Ring<Real> ring = {reinterpret_cast<Real*>(shared), bins, stage, is_whole(tables, bins)};
+  const auto some = [&](int64_t first) {
+    return static_cast<int>(min(count - first, static_cast<int64_t>(stage)));
+  };
 
-  __shared__ uint64_t arrived[kDepth];
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
 #if SDCORE_COPY_ENGINE
+  __shared__ uint64_t arrived[kMostDepth], used[kMostDepth];
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kDepth; ++i) barrier_init(arrived + i);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < depth; ++i) {
+      barrier_init(arrived + i, 33);
+      barrier_init(used + i, threads / 32);
+    }
+    barriers_made();
   }
   __syncthreads();
-#endif
-  const int stage = work.stage;
-  int64_t coming = 0;
-  int to = 0;
-  const auto fetch_next = [&] {
-    if (coming < count) {
-      const int here = static_cast<int>(min(count - coming, static_cast<int64_t>(stage)));
-      fetch(tables + coming * bins, ring + to * stage * pitch, here, bins, arrived + to);
+  const auto fetch = [&](int64_t first, int slot) {
+    if (threadIdx.x < 32 && first < count) {
+      ring.fetch(tables + first * bins, slot, some(first), arrived);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    coming += stage;
-    if (++to == kDepth) to = 0;
   };
-  for (int i = 0; i < kDepth - 1; ++i) fetch_next();
+  uint32_t parity = 0;  // of the phase in which the present stage's tables arrive
+#else
+  const auto fetch = [&](int64_t first, int slot) {
+    if (first < count) ring.fetch(tables + first * bins, slot, some(first));
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#endif
+  for (int i = 0; i < depth - 1; ++i) fetch(static_cast<int64_t>(i) * stage, i);
   Real x[P][D], sum[P][D] = {};
-  load<Real, D, P>(work.points, b, at, blockDim.x, x);
+  load<Real, D, P>(work.points, b, at, threads, x);
   const Real scale = unit_of(Real(), bins);
   int now = 0;
-  uint32_t parity = 0;
   const int at_once = kPulls / stage * stage;
   for (int64_t first = 0; first < count; first += stage) {
     const int pulled = static_cast<int>(first % at_once);
     if (pulled == 0) {
       __syncthreads();
-      for (int g = threadIdx.x; g < at_once && first + g < count; g += blockDim.x) {
+      for (int g = threadIdx.x; g < at_once && first + g < count; g += threads) {
         const int64_t l = first + g;
         const Real* theta = static_cast<const Real*>(work.directions.data) + l * D;
         const Real* edge = static_cast<const Real*>(work.edges) + 2 * (b * count + l);
@@ -972,60 +1085,112 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(GatherWork wo
         for (int k = 0; k < D; ++k) pull.theta[k] = theta[k] * grad;
         pulls[g] = pull;
       }
+      __syncthreads();
     }
-    wait_for_copies();
+    // The place of the stage before is free when all are done with it.
+    const int before = now == 0 ? depth - 1 : now - 1;
+    const int64_t coming = first + static_cast<int64_t>(depth - 1) * stage;
 #if SDCORE_COPY_ENGINE
     barrier_wait(arrived + now, parity);
+    if (threadIdx.x < 32 && first > 0 && coming < count) {
+      barrier_wait(used + before, now == 0 ? parity ^ 1 : parity);
+    }
+#else
+    wait_for_copies(depth);
+    __syncthreads();
 #endif
-    __syncthreads();  // and all are done with the stage before, whose place is free now
-    fetch_next();
-    const int here = static_cast<int>(min(count - first, static_cast<int64_t>(stage)));
-    Pull<Real, D> following = pulls[pulled];
-    for (int g = 0; g < here; ++g) {
-      const Pull<Real, D> pull = following;
-      following = pulls[pulled + min(g + 1, here - 1)];
-      const Row<Real> table(ring + (now * stage + g) * pitch);
+    fetch(coming, before);
+    const int here = some(first);
+    const auto gather = [&](int g) {
+      const Pull<Real, D> pull = pulls[pulled + g];
+      const Row<Real> table(ring.at(now) + g * ring.pitch());
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, scale)), Real());
 #pragma unroll
         for (int k = 0; k < D; ++k) sum[j][k] = fma(slope, pull.theta[k], sum[j][k]);
       }
+    };
+    if (here == kMostStage) {
+      // Without branches in between, so that one table's entries arrive while the next one's bins
+      // are found.
+#pragma unroll
+      for (int g = 0; g < kMostStage; ++g) gather(g);
+    } else {
+      for (int g = 0; g < here; ++g) gather(g);
     }
-    if (++now == kDepth) {
+#if SDCORE_COPY_ENGINE
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(used + now);
+#endif
+    if (++now == depth) {
       now = 0;
+#if SDCORE_COPY_ENGINE
       parity ^= 1;
+#endif
     }
   }
 
+#pragma unroll
+  for (int j = 0; j < P; ++j) {
+    const int64_t i = at + static_cast<int64_t>(j) * threads;
+    const double weight = work.weights && i < n ? work.weights[b * n + i] : 1;
+    const Real mass = static_cast<Real>(weight * work.mass);
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum[j][k] *= mass;
+  }
   with_format<Real>(work.out, [&](auto* data) {
     using T = std::remove_pointer_t<decltype(data)>;
     data += b * work.out.stride[0];
+#if SDCORE_COPY_ENGINE
+    if (work.dense_out) {
+      // Where the tables were, as it is to lie in memory: three stores of every third number take
+      // three times the transactions.
+      T* staged = reinterpret_cast<T*>(shared);
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < P; ++j) {
+#pragma unroll
+        for (int k = 0; k < D; ++k) {
+          staged[(j * threads + threadIdx.x) * D + k] = Narrow<T>::from(sum[j][k]);
+        }
+      }
+      copy_out_ready();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int64_t points = min(block, n - begin);
+        copy_out(data + begin * D, staged, static_cast<uint32_t>(points * D * sizeof(T)));
+        copied_out();
+      }
+      return;
+    }
+#endif
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      const int64_t i = at + static_cast<int64_t>(j) * blockDim.x;
+      const int64_t i = at + static_cast<int64_t>(j) * threads;
       if (i >= n) continue;
-      const double weight = work.weights ? work.weights[b * n + i] : 1;
-      const Real mass = static_cast<Real>(weight * work.mass);
 #pragma unroll
       for (int k = 0; k < D; ++k) {
-        data[i * work.out.stride[1] + k * work.out.stride[2]] = Narrow<T>::from(sum[j][k] * mass);
+        data[i * work.out.stride[1] + k * work.out.stride[2]] = Narrow<T>::from(sum[j][k]);
       }
     }
   });
 }
 
-struct Chip {
-  int multiprocessors, shared_per_block;
-};
+// Bytes of the tiles of copied points in shared memory.
+template <typename Real>
+int64_t tile_bytes(int64_t dim, Format format, int threads) {
+  return kTiles * kCountPoints<Real, false, true> * threads * dim * size_of(format);
+}
 
-Chip chip(int device) {
-  Chip found;
-  SDCORE_CUDA(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                     device));
-  SDCORE_CUDA(cudaDeviceGetAttribute(&found.shared_per_block,
-                                     cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return found;
+// Rows of coordinates, one after the other, that the copy engine takes.
+bool is_dense(const Points& points) {
+  const int64_t size = size_of(points.format);
+  const auto aligned = [](int64_t bytes) { return bytes % 16 == 0; };
+  return points.stride[2] == 1 && points.stride[1] == points.dim &&
+         aligned(reinterpret_cast<intptr_t>(points.data)) &&
+         (points.batch == 1 || aligned(points.stride[0] * size)) &&
+         aligned(points.count * points.dim * size);
 }
 
 }  // namespace
@@ -1057,21 +1222,25 @@ HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, in
   const int64_t real = is_double ? 8 : 4;
   const int64_t each = padded_bins(static_cast<uint32_t>(bins) + 1) * (weighted ? 8 : 4) +
                        parts_of(static_cast<uint32_t>(bins)) * 8 + (dim + 1) * real + 4;
-  // Less static shared memory and rounding.
-  const int64_t most = std::min<int64_t>((gpu.shared_per_block - 64) / each, 64);
+  // Room for copied points, unless bins need it all; and static shared memory and rounding.
+  int64_t room = gpu.shared_per_block - 128;
+  const int64_t tiles = is_double ? tile_bytes<double>(dim, Format::float64, kCountThreads)
+                                  : tile_bytes<float>(dim, Format::float32, kCountThreads);
+  if (!weighted && room - tiles >= each) room -= tiles;
+  const int64_t most = std::min<int64_t>(room / each, kMostLines);
   if (most == 0) {
     throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
   }
   HistogramPlan plan;
   const int64_t groups = ceil_div(directions, most);
   plan.group = ceil_div(directions, groups);
-  const int64_t resident =
-      std::clamp<int64_t>(gpu.shared_per_block / (plan.group * each + 1024), 1, 4);
+  const int64_t resident = std::clamp<int64_t>(
+      gpu.shared_per_block / (plan.group * each + (weighted ? 0 : tiles) + 1024), 1, 3);
   const int64_t blocks = std::max<int64_t>(1, gpu.multiprocessors * resident / (groups * batch));
   // A side's share of the blocks; each with enough points to be worth its zeroing and writing.
   const int64_t share = (blocks * n + (n + others) / 2) / (n + others);
   plan.chunks = std::clamp<int64_t>(share, 1, ceil_div(n, 4 * kCountThreads));
-  const int64_t chunk = ceil_div(n, plan.chunks);
+  const int64_t chunk = chunk_of(n, plan.chunks);
   plan.bits = weighted ? 64 : chunk <= 65535 ? 16 : 32;
   plan.pitch = padded_bins(static_cast<uint32_t>(bins));
   plan.parts = parts_of(static_cast<uint32_t>(bins));
@@ -1081,11 +1250,12 @@ HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, in
 void sliced_wasserstein_histogram(const Side* sides, int count, Directions directions, Ends ends,
                                   int64_t bins, unsigned* finished, Place place) {
   const DeviceGuard guard(place.device);
+  const Chip gpu = chip(place.device);
   const Points& points = sides[0].points;
   with_real(points.format == Format::float64, [&](auto zero) {
     using Real = decltype(zero);
     with_dim(points.dim, [&](auto dim) {
-      const auto launch = [&](auto weighted) {
+      const auto launch = [&](auto weighted, auto copied) {
         HistogramWork work = {{sides[0], sides[count - 1]},
                               {0, 0},
                               directions,
@@ -1094,27 +1264,38 @@ void sliced_wasserstein_histogram(const Side* sides, int count, Directions direc
                               static_cast<int>(std::min(sides[0].group, directions.count)),
                               finished};
         if (count == 1) work.side[1].chunks = 0;
-        constexpr int P = kCountPoints<Real, weighted>;
+        constexpr int P = kCountPoints<Real, weighted, copied>;
+        int64_t tiles = 0;
         for (int side = 0; side < count; ++side) {
-          const int64_t chunk = ceil_div(sides[side].points.count, sides[side].chunks);
-          const int64_t tiles = ceil_div(chunk, P * kCountThreads);
+          const int64_t chunk = chunk_of(sides[side].points.count, sides[side].chunks);
+          const int64_t passes = ceil_div(chunk, P * kCountThreads);
           // As many threads as leave none of a chunk's tiles much emptier than the others.
-          work.threads[side] = static_cast<int>(ceil_div(ceil_div(chunk, P * tiles), 32) * 32);
+          work.threads[side] = static_cast<int>(ceil_div(ceil_div(chunk, P * passes), 32) * 32);
+          if (copied) {
+            tiles = std::max(tiles,
+                             tile_bytes<Real>(dim, sides[side].points.format, work.threads[side]));
+          }
         }
         const uint32_t words = padded_bins(work.bins + 1) * (weighted ? 2 : 1);
         const int64_t bytes = histogram_head<Real, dim>(work.group, work.bins) +
-                              static_cast<int64_t>(work.group) * words * 4;
-        auto* kernel = histogram_kernel<Real, dim, weighted>;
+                              static_cast<int64_t>(work.group) * words * 4 + tiles;
+        if (bytes > gpu.shared_per_block - 128 || work.group > kMostLines) return false;
+        auto* kernel = histogram_kernel<Real, dim, weighted, copied>;
         allow_shared_memory(kernel, bytes);
         const int64_t blocks = (work.side[0].chunks + work.side[1].chunks) *
                                ceil_div(directions.count, work.group) * points.batch;
-        kernel<<<grid(blocks), kCountThreads, bytes, stream_of(place)>>>(work);
-        check(cudaGetLastError(), "the launch of histogram_kernel");
+        launch_early(kernel, grid(blocks), kCountBlock, bytes, place,
+                     "the launch of histogram_kernel", work);
+        return true;
       };
       if (sides[0].weights) {
-        launch(std::true_type());
-      } else {
-        launch(std::false_type());
+        launch(std::true_type(), std::false_type());
+        return;
+      }
+      const bool dense =
+          gpu.has_copy_engine && is_dense(points) && is_dense(sides[count - 1].points);
+      if (!dense || !launch(std::false_type(), std::true_type())) {
+        launch(std::false_type(), std::false_type());
       }
     });
   });
@@ -1145,14 +1326,15 @@ void sliced_wasserstein_solve(const SolveArguments& a, Place place) {
       const uint32_t parts = parts_of(static_cast<uint32_t>(a.bins));
       const unsigned blocks = grid(a.batch * a.directions.count * parts);
       if (a.p == 1) {
-        solve_1_kernel<Real, d><<<blocks, kSolveThreads, 0, stream_of(place)>>>(work);
-      } else {
-        moments_kernel<Real, d><<<blocks, kSolveThreads, 0, stream_of(place)>>>(work);
-        check(cudaGetLastError(), "the launch of moments_kernel");
-        solve_2_kernel<Real>
-            <<<blocks, kSolveThreads, 2 * parts * sizeof(double), stream_of(place)>>>(work);
+        launch_early(solve_1_kernel<Real, d>, blocks, kSolveThreads, 0, place,
+                     "the launch of solve_1_kernel", work);
+        return;
       }
-      check(cudaGetLastError(), "the launch of solve_kernel");
+      launch_early(moments_kernel<Real, d>, blocks, kSolveThreads, 0, place,
+                   "the launch of moments_kernel", work);
+      solve_2_kernel<Real>
+          <<<blocks, kSolveThreads, 2 * parts * sizeof(double), stream_of(place)>>>(work);
+      check(cudaGetLastError(), "the launch of solve_2_kernel");
     });
   });
 }
@@ -1165,17 +1347,20 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
     with_dim(a.points.dim, [&](auto dim) {
       const auto launch = [&](auto per_thread) {
         const int64_t table = table_pitch<Real>(static_cast<uint32_t>(a.bins)) * sizeof(Real);
-        const int64_t room = gpu.shared_per_block - kPulls * sizeof(Pull<Real, dim>) - 64;
-        const int64_t stage = std::min({room / (kDepth * table), int64_t{kMostStage},
-                                        a.directions.count});
+        const int64_t room = gpu.shared_per_block - kPulls * sizeof(Pull<Real, dim>) - 128;
+        const int64_t depth = room >= kMostDepth * table ? kMostDepth : kMostDepth - 1;
+        const int64_t stage =
+            std::min({room / (depth * table), int64_t{kMostStage}, a.directions.count});
         if (stage == 0) {
           throw std::invalid_argument(std::to_string(a.bins) + " bins don't fit shared memory");
         }
         const int64_t all = ceil_div(a.points.count * a.points.batch, per_thread);
-        const int64_t waves = ceil_div(all, gpu.multiprocessors * kGatherThreads);
+        const int64_t waves = ceil_div(all, gpu.multiprocessors * kGatherThreads<per_thread>);
         // As many threads as give each multiprocessor the same number of points.
         const int64_t threads = ceil_div(ceil_div(all, gpu.multiprocessors * waves), 32) * 32;
         const int64_t blocks = ceil_div(a.points.count, threads * per_thread) * a.points.batch;
+        const int64_t staged = threads * per_thread * dim * size_of(a.out.format);
+        const bool dense_out = gpu.has_copy_engine && is_dense(a.out) && staged <= room;
         const GatherWork work = {a.grad,
                                  {a.grad_stride[0], a.grad_stride[1]},
                                  a.points,
@@ -1186,19 +1371,24 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
                                  a.edges,
                                  static_cast<uint32_t>(a.bins),
                                  static_cast<int>(stage),
+                                 static_cast<int>(depth),
+                                 dense_out,
                                  a.out};
         auto* kernel = gather_kernel<Real, dim, per_thread>;
-        allow_shared_memory(kernel, kDepth * stage * table);
-        kernel<<<grid(blocks), static_cast<unsigned>(threads), kDepth * stage * table,
-                 stream_of(place)>>>(work);
-        check(cudaGetLastError(), "the launch of gather_kernel");
+        const int64_t bytes = std::max(depth * stage * table, dense_out ? staged : 0);
+        allow_shared_memory(kernel, bytes);
+        launch_early(kernel, grid(blocks), static_cast<unsigned>(threads), bytes, place,
+                     "the launch of gather_kernel", work);
       };
       constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1), small = std::max(1, large / 4);
+      const char* toggle = getenv("SDCORE_P");
       // Few points go to more threads, so that all multiprocessors have some.
-      if (a.points.count * a.points.batch >= gpu.multiprocessors * kGatherThreads * small) {
-        launch(std::integral_constant<int, large>());
-      } else {
+      if (a.points.count * a.points.batch < gpu.multiprocessors * 512 * small) {
         launch(std::integral_constant<int, small>());
+      } else if (dim == 3 && sizeof(Real) == 4 && (!toggle || atoi(toggle) == 32)) {
+        launch(std::integral_constant<int, 32>());
+      } else {
+        launch(std::integral_constant<int, large>());
       }
     });
   });

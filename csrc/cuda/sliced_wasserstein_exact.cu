@@ -576,7 +576,8 @@ __device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint
   uint16_t* places = side.places + row * n;
   for (int e = threadIdx.x; e < points; e += kTransportThreads) {
     const uint32_t number = numbers[e], bucket = number >> bits;
-    const int64_t to = (static_cast<int64_t>(bucket) << bits) + staging.target[bucket] + e;
+    const uint32_t in_bucket = staging.target[bucket] + static_cast<uint32_t>(e);
+    const int64_t to = (static_cast<int64_t>(bucket) << bits) + in_bucket;
     out[to] = slopes[e];
     places[to] = static_cast<uint16_t>(number & ((1u << bits) - 1));
   }
