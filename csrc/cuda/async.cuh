@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <utility>
 
 #include "chip.h"
@@ -29,7 +28,12 @@ __device__ __forceinline__ void copy_1(T* to, const T* from) {
                : "memory");
 }
 
-// A kernel launched with launch_early() may start while the one before it on the stream runs. It
+// Threads of some warps wait for each other, by a barrier other than that of __syncthreads.
+__device__ __forceinline__ void sync_some(int threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
+// A kernel that is launched early may start while the one before it on the stream runs. It
 // must not touch what that one, or any earlier one, reads or writes until this returns.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if SDCORE_COPY_ENGINE
@@ -104,24 +108,21 @@ __device__ __forceinline__ void copied_out() {
 }
 #endif
 
-// A launch that need not wait for the end of the kernel before it, if the kernel begins with
-// wait_for_earlier_kernels().
+// A launch; with `early`, one that need not wait for the end of the kernel before it. That kernel
+// must begin with wait_for_earlier_kernels().
 template <typename... Parameters, typename... Arguments>
-void launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t bytes,
-                  Place place, const char* name, Arguments&&... arguments) {
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t bytes,
+            Place place, bool early, const char* name, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream_of(place);
-  config.attrs = &early;
-  const char* toggle = getenv("SDCORE_EARLY");
-  const int mask = toggle ? atoi(toggle) : 7;
-  const int bit = name[14] == 'h' ? 1 : name[14] == 'g' ? 4 : 2;
-  config.numAttrs = chip(place.device).has_copy_engine && (mask & bit) ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = early && chip(place.device).has_copy_engine ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 

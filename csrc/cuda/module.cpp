@@ -216,6 +216,13 @@ void pull(const BucketedArgument& from, const DirectionsArgument& directions, in
       to_place(place));
 }
 
+void small(Address x, Address y, int64_t slots, int64_t count, int p, Address values,
+           Address slopes, const PlaceArgument& place) {
+  sdcore::sliced_wasserstein_small({at<float>(x), at<float>(y), slots, count, p,
+                                    at<float>(values), at<float>(slopes)},
+                                   to_place(place));
+}
+
 py::list architectures() {
   py::list list;
   for (const int architecture : {SDCORE_CUDA_ARCHS}) list.append(architecture);
@@ -259,6 +266,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sliced_wasserstein_can_pull_buckets", &sdcore::can_pull_buckets);
   m.def("sliced_wasserstein_unpack", &unpack);
   m.def("sliced_wasserstein_pull", &pull);
+  m.def("sliced_wasserstein_most_small_points", &sdcore::most_small_points);
+  m.def("sliced_wasserstein_small", &small);
   m.def("shared_atomics", &sdcore::shared_atomics, "out"_a, "bins"_a, "updates_per_thread"_a,
         "blocks"_a, "threads"_a, "seed"_a, "device"_a, "stream"_a);
   m.def("shared_gathers", &sdcore::shared_gathers, "table"_a, "bins"_a, "out"_a,

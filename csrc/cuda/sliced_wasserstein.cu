@@ -1,6 +1,7 @@
 #include "sliced_wasserstein.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -31,8 +32,7 @@ constexpr bool kKeepsLines = Copied && sizeof(Real) == 4 && D <= 3;
 constexpr int kRangeThreads = 256;
 constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
 constexpr int kSolveThreads = kPart / 2;
-template <int P>
-constexpr int kGatherThreads = P >= 24 ? 256 : 512;
+constexpr int kGatherThreads = 512;
 constexpr int kMostDepth = 3;  // stages of tables in shared memory, in use or on their way
 constexpr int kMostStage = 4;  // tables of a stage
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
@@ -140,7 +140,7 @@ __device__ __forceinline__ double unit_of(double, uint32_t bins) { return bins; 
 template <typename Entry>
 struct Row {
   uint32_t base;
-  __device__ explicit Row(const Entry* row) : base(shared_address(row)) {}
+  __device__ explicit Row(uint32_t address) : base(address) {}
   __device__ uint32_t at(uint32_t bin) const {
     return base + bin * static_cast<uint32_t>(sizeof(Entry));
   }
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kCountBlock, 1)
   const int64_t each = chunk_of(n, side.chunks);
   const int64_t begin = min(chunk * each, n), end = min(begin + each, n);
   const bool counts = static_cast<int>(threadIdx.x) < threads;
-  const int64_t tile = static_cast<int64_t>(P) * threads;
+  const int tile = P * threads;
   for (uint32_t i = threadIdx.x; i < here * row_words / 4; i += blockDim.x) {
     reinterpret_cast<uint4*>(counters)[i] = make_uint4(0, 0, 0, 0);
   }
@@ -356,23 +356,10 @@ __global__ void __launch_bounds__(kCountBlock, 1)
   if (blockIdx.x == 0 && threadIdx.x == 0 && work.finished) *work.finished = 0;
   __syncthreads();
   const Points& source = side.points;
-  [[maybe_unused]] Real next[P][D];
-  if (!Copied && counts && begin < end) {
-    load<Real, D, P>(source, b, begin + threadIdx.x, threads, next);
-  }
-  for (int g = threadIdx.x; g < here; g += blockDim.x) {
-    const Real* theta = directions + g * D;
-    lines[g] = line_of<Real, D>(ends_of<Real, D>(work.ends, slot + g, theta), theta);
-    poison[g] = 0;
-    Real largest = 0;
-    for (int k = 0; k < D; ++k) largest = fmax(largest, fabs(theta[k]));
-    atomicMax(&steepest, ordered(largest));
-  }
-  __syncthreads();
 #if SDCORE_COPY_ENGINE
   if constexpr (Copied) {
-    const int64_t bytes = tile * D * size_of(source.format);
-    if (threadIdx.x == kCountThreads) {
+    const int64_t bytes = static_cast<int64_t>(tile) * D * size_of(source.format);
+    if (threadIdx.x == kCountThreads) {  // the others make the lines, and then count
       const auto* from = static_cast<const unsigned char*>(source.data) +
                          (b * source.stride[0] + begin * D) * size_of(source.format);
       const int64_t all = (end - begin) * D * size_of(source.format);
@@ -391,26 +378,41 @@ __global__ void __launch_bounds__(kCountBlock, 1)
     }
   }
 #endif
+  [[maybe_unused]] Real next[P][D];
+  if (!Copied && counts && begin < end) {
+    load<Real, D, P>(source, b, begin + threadIdx.x, threads, next);
+  }
+  for (int g = threadIdx.x; g < here && g < kCountThreads; g += kCountThreads) {
+    const Real* theta = directions + g * D;
+    lines[g] = line_of<Real, D>(ends_of<Real, D>(work.ends, slot + g, theta), theta);
+    poison[g] = 0;
+    Real largest = 0;
+    for (int k = 0; k < D; ++k) largest = fmax(largest, fabs(theta[k]));
+    atomicMax(&steepest, ordered(largest));
+  }
+  if (threadIdx.x < kCountThreads) sync_some(kCountThreads);
   const Real safe = Largest<Real>::value / 4 / fmax(unordered(steepest), Real(1));
   const Real scale = unit_of(Real(), bins);
 
-  [[maybe_unused]] int now = 0;
-  [[maybe_unused]] uint32_t parity = 0;
   constexpr bool keeps = kKeepsLines<Real, D, Copied>;
   [[maybe_unused]] Line<Real, D> kept[keeps ? kMostLines : 1];
   if constexpr (keeps) {
 #pragma unroll
     for (int g = 0; g < kMostLines; ++g) kept[g] = lines[min(g, here - 1)];
   }
-  for (int64_t from = begin; counts && from < end; from += tile) {
+  const uint32_t first_row = shared_address(counters), row_bytes = row_words * 4;
+  const int points = counts ? static_cast<int>(end - begin) : 0, thread = threadIdx.x;
+  [[maybe_unused]] int now = 0;
+  [[maybe_unused]] uint32_t parity = 0;
+  for (int from = 0; from < points; from += tile) {
+    const int left = points - from - thread;  // from this thread's first point on
     Real x[P][D];
     if constexpr (Copied) {
 #if SDCORE_COPY_ENGINE
       barrier_wait(arrived + now, parity);
-      // Of a tile that ends early the rest is of an earlier one, or anything: it is taken off.
       with_format<Real>(source, [&](const auto* format) {
         using T = std::remove_pointer_t<decltype(format)>;
-        T* data = reinterpret_cast<T*>(tiles) + (now * static_cast<int>(tile) + threadIdx.x) * D;
+        T* data = reinterpret_cast<T*>(tiles) + (now * tile + thread) * D;
 #pragma unroll
         for (int j = 0; j < P; ++j) {
 #pragma unroll
@@ -418,7 +420,7 @@ __global__ void __launch_bounds__(kCountBlock, 1)
         }
       });
       __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(used + now);
+      if (thread % 32 == 0) barrier_arrive(used + now);
       if (++now == kTiles) {
         now = 0;
         parity ^= 1;
@@ -431,39 +433,46 @@ __global__ void __launch_bounds__(kCountBlock, 1)
         for (int k = 0; k < D; ++k) x[j][k] = next[j][k];
       }
     }
+    const auto size = [&](int j) {
+      Real sum = 0;
 #pragma unroll
-    for (int j = 0; j < P; ++j) {
-      const int64_t i = from + threadIdx.x + j * threads;
-      Real size = 0;
+      for (int k = 0; k < D; ++k) sum += fabs(x[j][k]);
+      return sum;
+    };
+    bool odd = left <= (P - 1) * threads;
 #pragma unroll
-      for (int k = 0; k < D; ++k) size += fabs(x[j][k]);
-      if (i >= end) {
-        x[j][0] = static_cast<Real>(NAN);  // counted in bin 0, and taken off again below
-      } else if (!(size < safe)) {
-        Point<Real, D> point;
+    for (int j = 0; j < P; ++j) odd |= !(size(j) < safe);
+    if (odd) {
 #pragma unroll
-        for (int k = 0; k < D; ++k) point.x[k] = x[j][k];
-        mark_if_not_finite<Real, D>(point, directions, here, poison);
+      for (int j = 0; j < P; ++j) {
+        if (j * threads >= left) {
+          x[j][0] = static_cast<Real>(NAN);  // counted in bin 0, and taken off again below
+        } else if (!(size(j) < safe)) {
+          Point<Real, D> point;
+#pragma unroll
+          for (int k = 0; k < D; ++k) point.x[k] = x[j][k];
+          mark_if_not_finite<Real, D>(point, directions, here, poison);
+        }
       }
     }
     // The next points are on their way while these are counted.
-    if (!Copied && from + tile < end) {
-      load<Real, D, P>(source, b, from + tile + threadIdx.x, threads, next);
+    if (!Copied && from + tile < points) {
+      load<Real, D, P>(source, b, begin + from + tile + thread, threads, next);
     }
     unsigned long long mass[P];
     if constexpr (Weighted) {
 #pragma unroll
       for (int j = 0; j < P; ++j) {
-        const int64_t i = from + threadIdx.x + j * threads;
-        const double weight = i < end ? side.weights[b * n + i] : 0;
+        const int64_t i = begin + from + thread + j * threads;
+        const double weight = j * threads < left ? side.weights[b * n + i] : 0;
         if (weight != weight) {
           for (int g = 0; g < here; ++g) poison[g] = 1;
         }
         mass[j] = __double2ull_rn(weight * kWeightUnit);
       }
     }
-    const auto count_in = [&](int g, const Line<Real, D>& line) {
-      const Row<uint32_t> row(counters + g * row_words);
+    const auto count_in = [&](uint32_t base, const Line<Real, D>& line) {
+      const Row<uint32_t> row(base);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const uint32_t counter = row.at(bin_of<D>(x[j], line, scale));
@@ -474,10 +483,13 @@ __global__ void __launch_bounds__(kCountBlock, 1)
         }
       }
     };
+    uint32_t row = first_row;
     if constexpr (keeps) {
 #pragma unroll
       for (int g = 0; g < kMostLines; ++g) {
-        if (g < here) count_in(g, kept[g]);
+        if (g >= here) break;
+        count_in(row, kept[g]);
+        row += row_bytes;
       }
     } else {
       Line<Real, D> following = lines[0];
@@ -485,7 +497,8 @@ __global__ void __launch_bounds__(kCountBlock, 1)
         // One ahead: a load waits for the increments that were issued before it.
         const Line<Real, D> line = following;
         following = lines[min(g + 1, here - 1)];
-        count_in(g, line);
+        count_in(row, line);
+        row += row_bytes;
       }
     }
   }
@@ -598,12 +611,12 @@ __device__ __forceinline__ double sum_of_block(double mine) {
 
 using Mass = unsigned long long;
 
-// The mass in two neighboring bins: the sums of what the chunks' blocks counted.
-__device__ __forceinline__ void add(Pair<Mass>& sum, uint32_t two) {
+// The mass in two neighboring bins: the sums of what the chunks' blocks counted, fewer than 2^31.
+__device__ __forceinline__ void add(Pair<uint32_t>& sum, uint32_t two) {
   sum.x += two & 0xffff;
   sum.y += two >> 16;
 }
-__device__ __forceinline__ void add(Pair<Mass>& sum, uint2 two) {
+__device__ __forceinline__ void add(Pair<uint32_t>& sum, uint2 two) {
   sum.x += two.x;
   sum.y += two.y;
 }
@@ -613,7 +626,7 @@ __device__ __forceinline__ Pair<Mass> sum_chunks(const void* masses, int64_t at,
   // Loads on their way at a time: all that the blocks of an H200 write for 32 directions.
   constexpr int some = sizeof(Two) == 4 ? 44 : 22;
   const Two* from = static_cast<const Two*>(masses) + at / 2;
-  Pair<Mass> sum = {0, 0};
+  Pair<uint32_t> sum = {0, 0};
   for (int64_t chunk = 0; chunk < chunks; chunk += some, from += some * (pitch / 2)) {
     Two loaded[some];
 #pragma unroll
@@ -623,7 +636,7 @@ __device__ __forceinline__ Pair<Mass> sum_chunks(const void* masses, int64_t at,
 #pragma unroll
     for (int j = 0; j < some; ++j) add(sum, loaded[j]);
   }
-  return sum;
+  return {sum.x, sum.y};
 }
 
 // Bins i and i + 1 of a direction. Rows of counts are padded, those of 64 bits may not be.
@@ -1024,7 +1037,7 @@ struct Ring {
 
 // Points stay in registers while the tables of all directions come by.
 template <typename Real, int D, int P>
-__global__ void __launch_bounds__(kGatherThreads<P>, 1)
+__global__ void __launch_bounds__(kGatherThreads, 1)
     gather_kernel(const __grid_constant__ GatherWork work) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Pull<Real, D> pulls[kPulls];
@@ -1103,7 +1116,7 @@ __global__ void __launch_bounds__(kGatherThreads<P>, 1)
     const int here = some(first);
     const auto gather = [&](int g) {
       const Pull<Real, D> pull = pulls[pulled + g];
-      const Row<Real> table(ring.at(now) + g * ring.pitch());
+      const Row<Real> table(shared_address(ring.at(now) + g * ring.pitch()));
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const Real slope = entry(table.at(bin_of<D>(x[j], pull.line, scale)), Real());
@@ -1227,19 +1240,30 @@ HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, in
   const int64_t tiles = is_double ? tile_bytes<double>(dim, Format::float64, kCountThreads)
                                   : tile_bytes<float>(dim, Format::float32, kCountThreads);
   if (!weighted && room - tiles >= each) room -= tiles;
-  const int64_t most = std::min<int64_t>(room / each, kMostLines);
+  const int64_t most = std::min({room / each, int64_t{kMostLines}, directions});
   if (most == 0) {
     throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
   }
+  // As many groups of directions as leave the blocks the least to do, each side's rounded down to
+  // whole blocks. One group more reads the points once more.
   HistogramPlan plan;
-  const int64_t groups = ceil_div(directions, most);
-  plan.group = ceil_div(directions, groups);
-  const int64_t resident = std::clamp<int64_t>(
-      gpu.shared_per_block / (plan.group * each + (weighted ? 0 : tiles) + 1024), 1, 3);
-  const int64_t blocks = std::max<int64_t>(1, gpu.multiprocessors * resident / (groups * batch));
-  // A side's share of the blocks; each with enough points to be worth its zeroing and writing.
-  const int64_t share = (blocks * n + (n + others) / 2) / (n + others);
-  plan.chunks = std::clamp<int64_t>(share, 1, ceil_div(n, 4 * kCountThreads));
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t groups = ceil_div(directions, most); groups <= 4 * ceil_div(directions, most);
+       ++groups) {
+    const int64_t group = ceil_div(directions, groups);
+    const int64_t resident = std::clamp<int64_t>(
+        gpu.shared_per_block / (group * each + (weighted ? 0 : tiles) + 1024), 1, 3);
+    const int64_t blocks = gpu.multiprocessors * resident / (groups * batch);
+    const int64_t mine = blocks * n / (n + others), theirs = blocks * others / (n + others);
+    const double work = static_cast<double>(resident * group) /
+                        static_cast<double>(std::max<int64_t>(mine + theirs, 1)) *
+                        (1 + 0.002 * static_cast<double>(groups));
+    if (work >= least) continue;
+    least = work;
+    plan.group = group;
+    // Each with enough points to be worth its zeroing and writing.
+    plan.chunks = std::clamp<int64_t>(mine, 1, ceil_div(n, 4 * kCountThreads));
+  }
   const int64_t chunk = chunk_of(n, plan.chunks);
   plan.bits = weighted ? 64 : chunk <= 65535 ? 16 : 32;
   plan.pitch = padded_bins(static_cast<uint32_t>(bins));
@@ -1284,8 +1308,8 @@ void sliced_wasserstein_histogram(const Side* sides, int count, Directions direc
         allow_shared_memory(kernel, bytes);
         const int64_t blocks = (work.side[0].chunks + work.side[1].chunks) *
                                ceil_div(directions.count, work.group) * points.batch;
-        launch_early(kernel, grid(blocks), kCountBlock, bytes, place,
-                     "the launch of histogram_kernel", work);
+        sdcore::launch(kernel, grid(blocks), kCountBlock, bytes, place, true,
+                       "the launch of histogram_kernel", work);
         return true;
       };
       if (sides[0].weights) {
@@ -1326,12 +1350,18 @@ void sliced_wasserstein_solve(const SolveArguments& a, Place place) {
       const uint32_t parts = parts_of(static_cast<uint32_t>(a.bins));
       const unsigned blocks = grid(a.batch * a.directions.count * parts);
       if (a.p == 1) {
-        launch_early(solve_1_kernel<Real, d>, blocks, kSolveThreads, 0, place,
-                     "the launch of solve_1_kernel", work);
+        auto* kernel = solve_1_kernel<Real, d>;
+        const Chip gpu = chip(place.device);
+        // Early, when the first multiprocessor is done with counting: no second block must go there.
+        const bool early = blocks <= static_cast<unsigned>(gpu.multiprocessors);
+        const int64_t alone = early ? gpu.shared_per_block / 2 : 0;
+        allow_shared_memory(kernel, alone);
+        launch(kernel, blocks, kSolveThreads, alone, place, early, "the launch of solve_1_kernel",
+               work);
         return;
       }
-      launch_early(moments_kernel<Real, d>, blocks, kSolveThreads, 0, place,
-                   "the launch of moments_kernel", work);
+      launch(moments_kernel<Real, d>, blocks, kSolveThreads, 0, place, false,
+             "the launch of moments_kernel", work);
       solve_2_kernel<Real>
           <<<blocks, kSolveThreads, 2 * parts * sizeof(double), stream_of(place)>>>(work);
       check(cudaGetLastError(), "the launch of solve_2_kernel");
@@ -1355,7 +1385,7 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
           throw std::invalid_argument(std::to_string(a.bins) + " bins don't fit shared memory");
         }
         const int64_t all = ceil_div(a.points.count * a.points.batch, per_thread);
-        const int64_t waves = ceil_div(all, gpu.multiprocessors * kGatherThreads<per_thread>);
+        const int64_t waves = ceil_div(all, gpu.multiprocessors * kGatherThreads);
         // As many threads as give each multiprocessor the same number of points.
         const int64_t threads = ceil_div(ceil_div(all, gpu.multiprocessors * waves), 32) * 32;
         const int64_t blocks = ceil_div(a.points.count, threads * per_thread) * a.points.batch;
@@ -1377,16 +1407,13 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
         auto* kernel = gather_kernel<Real, dim, per_thread>;
         const int64_t bytes = std::max(depth * stage * table, dense_out ? staged : 0);
         allow_shared_memory(kernel, bytes);
-        launch_early(kernel, grid(blocks), static_cast<unsigned>(threads), bytes, place,
-                     "the launch of gather_kernel", work);
+        sdcore::launch(kernel, grid(blocks), static_cast<unsigned>(threads), bytes, place, true,
+                       "the launch of gather_kernel", work);
       };
       constexpr int large = 64 / sizeof(Real) / (dim == 4 ? 2 : 1), small = std::max(1, large / 4);
-      const char* toggle = getenv("SDCORE_P");
       // Few points go to more threads, so that all multiprocessors have some.
-      if (a.points.count * a.points.batch < gpu.multiprocessors * 512 * small) {
+      if (a.points.count * a.points.batch < gpu.multiprocessors * kGatherThreads * small) {
         launch(std::integral_constant<int, small>());
-      } else if (dim == 3 && sizeof(Real) == 4 && (!toggle || atoi(toggle) == 32)) {
-        launch(std::integral_constant<int, 32>());
       } else {
         launch(std::integral_constant<int, large>());
       }

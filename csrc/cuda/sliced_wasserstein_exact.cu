@@ -7,6 +7,7 @@
 #include "launch.cuh"
 #include "ordered.cuh"
 #include "points.cuh"
+#include "search.cuh"
 
 namespace sdcore {
 namespace {
@@ -14,16 +15,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kKeysPoints = 8;     // of a thread, in registers while the directions come by
 constexpr int kTransportThreads = 512;
-// Sorted points of a block. Many, so that those of a bucket make runs worth writing.
+// Sorted points of a block: many, so that those of a bucket make runs worth writing, and few enough
+// of each thread that all their loads can be on their way together.
 template <typename Real>
-constexpr int kTransportTile = 32768 / sizeof(Real);
-constexpr int kMostTransportTile = kTransportTile<float>;
+constexpr int kTransportTile = 16384 / sizeof(Real);
 // Slopes in the order of sorted points go back to the order of points in two steps: into buckets of
 // points with neighboring numbers, in runs, and within each bucket in shared memory. Writing each
 // to its place at once takes 0.5 ms for 33 million, a memory transaction for each.
 constexpr int kBucketBits = 12;
 constexpr int kMostBucketBits = 14;  // 16384 doubles of shared memory, numbers of 16 bits
 constexpr int kMostBuckets = 1024;
+constexpr int kFewTies = 8;  // are looked at one by one
 constexpr int kPullThreads = 512;
 constexpr int kPullEach = (1 << kBucketBits) / kPullThreads;
 constexpr int kPrefixEach = 8;
@@ -272,49 +274,6 @@ __global__ void finish_levels_kernel(int64_t count, int64_t rows, double* levels
   if (row < rows) levels[row * count + count - 1] = 1;
 }
 
-// The smallest i from `start` to `end` for which `is` holds, `end` if none: `is` holds from some i
-// on. Steps double, for it is mostly near.
-template <typename Is>
-__device__ __forceinline__ uint32_t first_where(uint32_t start, uint32_t end, Is&& is) {
-  if (start >= end || is(start)) return start;
-  uint32_t low = start, step = 1;
-  while (step < end - low && !is(low + step)) {
-    low += step;
-    step *= 2;
-  }
-  uint32_t high = step < end - low ? low + step : end;
-  while (high - low > 1) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (is(middle)) {
-      high = middle;
-    } else {
-      low = middle;
-    }
-  }
-  return high;
-}
-
-// The smallest i from which on, up to `start`, `is` holds.
-template <typename Is>
-__device__ __forceinline__ uint32_t last_run(uint32_t start, Is&& is) {
-  uint32_t high = start, step = 1;
-  while (step <= high && is(high - step)) {
-    high -= step;
-    step *= 2;
-  }
-  uint32_t low = step <= high ? high - step : 0;  // `is` fails there, unless it is 0
-  if (step > high && (high == 0 || is(0))) return 0;
-  while (high - low > 1) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (is(middle)) {
-      high = middle;
-    } else {
-      low = middle;
-    }
-  }
-  return high;
-}
-
 // One side of one slot. Levels, where mass begins and ends, are doubles up to 1 if either side has
 // weights; else whole numbers up to n m, the points of a side being as wide as the other has
 // points.
@@ -346,6 +305,27 @@ struct View {
   __device__ Code<Real> code(uint32_t i) const {
     if (keys) return static_cast<Code<Real>>(keys[i] & mask) - half;
     return quantize(values[i]);
+  }
+  // A tile's codes, of `points` from point `first` on; beyond, the last again. All loads are on
+  // their way before the first is used.
+  template <int Each>
+  __device__ void load(uint32_t first, int points, Code<Real> (&out)[Each]) const {
+    const auto at = [&](int k) {
+      return first + min(k * kTransportThreads + static_cast<int>(threadIdx.x), points - 1);
+    };
+    if (keys) {
+      Key<Real> key[Each];
+#pragma unroll
+      for (int k = 0; k < Each; ++k) key[k] = keys[at(k)];
+#pragma unroll
+      for (int k = 0; k < Each; ++k) out[k] = static_cast<Code<Real>>(key[k] & mask) - half;
+    } else {
+      Real value[Each];
+#pragma unroll
+      for (int k = 0; k < Each; ++k) value[k] = values[at(k)];
+#pragma unroll
+      for (int k = 0; k < Each; ++k) out[k] = quantize(value[k]);
+    }
   }
   // Where the mass of point i begins; of `count`, the end of all.
   __device__ Level begin(uint32_t i) const {
@@ -412,6 +392,7 @@ struct Problem {
   // at v and so move as one. `bracket` holds the partners of point `known`, and of those after it.
   __device__ double slope(Code<Real> v, uint32_t from, uint32_t to, const Bracket& bracket,
                           uint32_t known) const {
+    if (alike && to - from <= kFewTies) return slope_of_few(v, from, to);
     const Level begin = mine.begin(from), end = mine.begin(to);
     if (!(end > begin)) return 0;
     uint32_t j = from, last = to - 1;
@@ -421,6 +402,16 @@ struct Problem {
       last = first_where(j, other.count - 1, [&](uint32_t k) { return other.begin(k + 1) >= end; });
     }
     return p == 1 ? slope_1(v, begin, end, j, last) : slope_2(v, begin, end, j, last);
+  }
+
+  // Of points that each meet one.
+  __device__ double slope_of_few(Code<Real> v, uint32_t from, uint32_t to) const {
+    double sum = 0;
+    for (uint32_t k = from; k < to; ++k) {
+      const Code<Real> gap = v - other.code(k);
+      sum += p == 1 ? (gap > 0) - (gap < 0) : 2 * static_cast<double>(gap);
+    }
+    return sum / (to - from);
   }
 
   // Mass that is met by points below pulls with +1, by points above with -1.
@@ -505,6 +496,11 @@ struct Heads {
       next[w] = after;
     }
   }
+  __device__ bool is_head(int e) const { return word[e / 32] >> (e % 32) & 1; }
+  // Whether point e is a group of its own; `last`: whether the tile's last point ends one.
+  __device__ bool is_alone(int e, int points, bool last) const {
+    return is_head(e) && (e + 1 < points ? is_head(e + 1) : last);
+  }
   // The head at or before point e of the tile, and the one after it; -1 if outside of the tile.
   __device__ int at_or_before(int e) const {
     const uint32_t here = word[e / 32] & (0xffffffffu >> (31 - e % 32));
@@ -527,8 +523,8 @@ struct Staging {
 
 template <typename Real, int Each>
 __device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint32_t* number,
-                                 int points, Staging& staging, uint32_t* numbers, Real* slopes,
-                                 const Real (&slope)[Each]) {
+                                 const Real (&slope)[Each], int points, Staging& staging,
+                                 uint32_t* numbers, Real* slopes) {
   using Scan = cub::BlockScan<uint32_t, kTransportThreads>;
   __shared__ typename Scan::TempStorage scratch;
   constexpr int some = kMostBuckets / kTransportThreads;
@@ -544,42 +540,44 @@ __device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint
     if (e < points) rank[k] = atomicAdd(&staging.count[number[e] >> bits], 1u);
   }
   __syncthreads();
-  uint32_t mine[some], sums[some];
+  uint32_t mine[some], sums[some], taken[some];
 #pragma unroll
   for (int j = 0; j < some; ++j) {
     const uint32_t i = threadIdx.x * some + j;
     mine[j] = i < buckets ? staging.count[i] : 0;
+    // What comes back is used last: it takes long.
+    taken[j] = mine[j] ? atomicAdd(side.cursors + row * buckets + i, mine[j]) : 0;
   }
   Scan(scratch).ExclusiveSum(mine, sums);
 #pragma unroll
   for (int j = 0; j < some; ++j) {
     const uint32_t i = threadIdx.x * some + j;
-    if (i >= buckets) continue;
-    staging.before[i] = sums[j];
-    if (mine[j]) {
-      staging.target[i] = atomicAdd(side.cursors + row * buckets + i, mine[j]) - sums[j];
-    }
+    if (i < buckets) staging.before[i] = sums[j];
   }
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < Each; ++k) {
     const int e = k * kTransportThreads + threadIdx.x;
     if (e < points) {
-      // Read once more, from a cache: registers are what is short.
       const uint32_t to = staging.before[number[e] >> bits] + rank[k];
       numbers[to] = number[e];
       slopes[to] = slope[k];
     }
   }
+#pragma unroll
+  for (int j = 0; j < some; ++j) {
+    const uint32_t i = threadIdx.x * some + j;
+    if (i < buckets) staging.target[i] = taken[j] - sums[j];
+  }
   __syncthreads();
   Real* out = static_cast<Real*>(side.slopes) + row * n;
   uint16_t* places = side.places + row * n;
   for (int e = threadIdx.x; e < points; e += kTransportThreads) {
-    const uint32_t number = numbers[e], bucket = number >> bits;
+    const uint32_t point = numbers[e], bucket = point >> bits;
     const uint32_t in_bucket = staging.target[bucket] + static_cast<uint32_t>(e);
     const int64_t to = (static_cast<int64_t>(bucket) << bits) + in_bucket;
     out[to] = slopes[e];
-    places[to] = static_cast<uint16_t>(number & ((1u << bits) - 1));
+    places[to] = static_cast<uint16_t>(point & ((1u << bits) - 1));
   }
 }
 
@@ -593,6 +591,7 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
   extern __shared__ __align__(16) unsigned char dynamic[];
   Code<Real>* codes = reinterpret_cast<Code<Real>*>(dynamic);
   Real* slopes = reinterpret_cast<Real*>(codes + size);
+  uint32_t* number = reinterpret_cast<uint32_t*>(slopes + size);
   __shared__ typename Reduce::TempStorage scratch;
   __shared__ Heads<size / 32> heads;
   __shared__ Staging staging;
@@ -612,11 +611,27 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
   const int points = static_cast<int>(min(static_cast<int64_t>(size), side.count - tile * size));
   const bool wanted = side.slopes != nullptr;
 
+  Code<Real> code[each], partner[each];
+  mine.load(begin, points, code);
+  if (alike) other.load(begin, points, partner);
+  if (wanted) {
+    const uint32_t* from = side.number + row * side.count + begin;
+    uint32_t found[each];
 #pragma unroll
-  for (int k = 0; k < each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
-    if (e < points) codes[e] = mine.code(begin + e);
+    for (int k = 0; k < each; ++k) {
+      found[k] = from[min(k * kTransportThreads + static_cast<int>(threadIdx.x), points - 1)];
+    }
+#pragma unroll
+    for (int k = 0; k < each; ++k) number[k * kTransportThreads + threadIdx.x] = found[k];
   }
+#pragma unroll
+  for (int k = 0; k < each; ++k) codes[k * kTransportThreads + threadIdx.x] = code[k];
+  // On their way with the others.
+  Code<Real> next_code = 0, previous_code = 0;
+  if (wanted && threadIdx.x == 96 && begin + points < mine.count) {
+    next_code = mine.code(begin + points);
+  }
+  if (wanted && threadIdx.x == 0 && begin > 0) previous_code = mine.code(begin - 1);
   if (threadIdx.x == 0) bracket = {0, other.count - 1};
   __syncthreads();
   if (Weighted && other.levels) {
@@ -629,7 +644,7 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
       const int e = k * kTransportThreads + threadIdx.x;
       bool head = false;
       if (e < points) {
-        head = e > 0 ? codes[e] != codes[e - 1] : begin == 0 || mine.code(begin - 1) != codes[0];
+        head = e > 0 ? codes[e] != codes[e - 1] : begin == 0 || previous_code != codes[0];
       }
       const uint32_t word = __ballot_sync(0xffffffffu, head);
       if (threadIdx.x % 32 == 0) heads.word[e / 32] = word;
@@ -639,64 +654,76 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
     if (threadIdx.x / 32 == 1) heads.find_next();
     if (threadIdx.x == 64) {
       const Code<Real> v = codes[0];
-      const bool head = heads.word[0] & 1;
-      tile_from = head ? begin : last_run(begin - 1, [&](uint32_t k) { return mine.code(k) == v; });
+      tile_from = begin;
+      if (!heads.is_head(0)) {
+        tile_from = last_run(begin - 1, [&](uint32_t k) { return mine.code(k) == v; });
+      }
     }
     if (threadIdx.x == 96) {
       const Code<Real> v = codes[points - 1];
-      tile_to = first_where(begin + points, mine.count,
-                            [&](uint32_t k) { return mine.code(k) != v; });
+      tile_to = begin + points;
+      if (tile_to < mine.count && next_code == v) {
+        tile_to = first_where(tile_to, mine.count, [&](uint32_t k) { return mine.code(k) != v; });
+      }
     }
   }
   __syncthreads();
 
   double cost = 0;
-  unsigned long long gaps = 0;
-#pragma unroll 4
-  for (int k = 0; k < each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
-    if (e >= points) break;
-    const uint32_t i = begin + e;
-    const Code<Real> v = codes[e];
-    Code<Real> gap = 0;
-    if (alike) {
-      gap = v - other.code(i);
-      if (!first) {
-      } else if (work.p == 1) {
-        gaps += gap < 0 ? -gap : gap;
+  if (alike) {
+    unsigned long long gaps = 0;
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int e = k * kTransportThreads + threadIdx.x;
+      const Code<Real> gap = code[k] - partner[k];
+      if (work.p == 1) {
+        if (e < points) gaps += gap < 0 ? -gap : gap;
+        slopes[e] = static_cast<Real>((gap > 0) - (gap < 0));
       } else {
-        cost += static_cast<double>(gap) * static_cast<double>(gap);
+        if (e < points) cost += static_cast<double>(gap) * static_cast<double>(gap);
+        slopes[e] = static_cast<Real>(2 * static_cast<double>(gap));
       }
-    } else {
-      cost += problem.piece(v, i, other.at(mine.begin(i), bracket.low, bracket.high));
     }
-    const bool leads = wanted && (e == 0 || (heads.word[e / 32] >> (e % 32) & 1));
-    if (!leads) continue;
-    const int next = heads.after(e);
-    const uint32_t from = e == 0 ? tile_from : i, to = next < 0 ? tile_to : begin + next;
-    double slope;
-    if (alike && to - from == 1) {
-      slope = work.p == 1 ? (gap > 0) - (gap < 0) : 2 * static_cast<double>(gap);
-    } else {
-      slope = problem.slope(v, from, to, bracket, begin);
+    cost = first ? (cost + static_cast<double>(gaps)) * static_cast<double>(mine.wide) : 0;
+  } else {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < points; e += kTransportThreads) {
+      const uint32_t i = begin + e;
+      cost += problem.piece(codes[e], i, other.at(mine.begin(i), bracket.low, bracket.high));
     }
-    slopes[e] = static_cast<Real>(slope);
   }
-  if (alike) cost = (cost + static_cast<double>(gaps)) * static_cast<double>(mine.wide);
   const double sum = Reduce(scratch).Sum(cost);
   if (threadIdx.x == 0) work.costs[blockIdx.x] = bad ? NAN : sum;
   if (!wanted) return;
 
+  // The first of each group of ties, in this tile, finds the slope of all; of points that meet one
+  // to one and tie with no other, nearly all of most data, it is known.
+  const auto is_known = [&](int e) {
+    return alike && heads.is_alone(e, points, tile_to == begin + points);
+  };
+  unsigned leads = 0;
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e < points && !is_known(e) && (e == 0 || heads.is_head(e))) leads |= 1u << k;
+  }
+  for (; leads; leads &= leads - 1) {
+    const int e = (__ffs(leads) - 1) * kTransportThreads + threadIdx.x;
+    const int next = heads.after(e);
+    const uint32_t from = e == 0 ? tile_from : begin + e;
+    const uint32_t to = next < 0 ? tile_to : begin + next;
+    slopes[e] = static_cast<Real>(problem.slope(codes[e], from, to, bracket, begin));
+  }
   __syncthreads();
   const Real unit = work.p == 1 ? Real(1)
                                 : static_cast<Real>(ldexp(1.0, work.exponents[work.pass.first + row]));
-  const uint32_t* number = side.number + row * side.count + begin;
   Real slope[each];
 #pragma unroll
   for (int k = 0; k < each; ++k) {
     const int e = k * kTransportThreads + threadIdx.x;
     if (e >= points) break;
-    slope[k] = bad ? static_cast<Real>(NAN) : slopes[max(0, heads.at_or_before(e))] * unit;
+    const Real found = slopes[is_known(e) ? e : max(0, heads.at_or_before(e))];
+    slope[k] = bad ? static_cast<Real>(NAN) : found * unit;
   }
   if (side.bucket_bits == 0) {  // too many points for buckets
     Real* out = static_cast<Real*>(side.slopes) + row * side.count;
@@ -709,7 +736,7 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
   }
   __syncthreads();
   uint32_t* numbers = reinterpret_cast<uint32_t*>(codes);  // which are done with
-  write_to_buckets<Real, each>(side, row, number, points, staging, numbers, slopes, slope);
+  write_to_buckets<Real, each>(side, row, number, slope, points, staging, numbers, slopes);
 }
 
 // Adds up what blocks found, in one order.
@@ -954,7 +981,7 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
     constexpr int64_t tile = kTransportTile<Real>;
     const int64_t tiles_x = ceil_div(n, tile), tiles_y = both ? ceil_div(m, tile) : 0;
     const unsigned blocks = grid(a.pass.slots * (tiles_x + tiles_y));
-    const int64_t bytes = tile * (sizeof(Code<Real>) + sizeof(Real));
+    const int64_t bytes = tile * (sizeof(Code<Real>) + sizeof(Real) + sizeof(uint32_t));
     auto* kernel = transport_kernel<Real, weighted>;
     allow_shared_memory(kernel, bytes);
     kernel<<<blocks, kTransportThreads, bytes, stream>>>(a, tiles_x, tiles_y);

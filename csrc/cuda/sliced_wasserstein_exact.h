@@ -133,4 +133,17 @@ struct PullArguments {
 };
 void sliced_wasserstein_pull(const PullArguments& arguments, Place place);
 
+// All of it, in one launch, for projections of as many points of x as of y, all of equal weight, that
+// fit shared memory: up to so many.
+struct SmallArguments {
+  const float *x, *y;  // [slots, count]
+  int64_t slots, count;
+  int p;
+  float* values;  // [slots]
+  float* slopes;  // [slots, count], of x per unit of weight, in the order of the points; null: not
+                  // wanted
+};
+int64_t most_small_points(int device);
+void sliced_wasserstein_small(const SmallArguments& arguments, Place place);
+
 }  // namespace sdcore

@@ -169,12 +169,30 @@ def _solve_many(
 ) -> None:
     """Points of many coordinates: matrix products project them, and pull slopes back. In between,
     each slot of a pass is a batch element with points on a line."""
+    solve = _solve_lines
+    if isinstance(y, Points) and _is_small(x, y, directions, need):
+        solve = _solve_small
+    solve(x, y, directions, p, grad, scale, need, values, gradients)
+    for side, gradient in zip((x, y), gradients, strict=True):
+        if gradient.numel() and side.weights is not None:
+            gradient *= side.weights[..., None]
+
+
+def _solve_lines(
+    x: Points,
+    y: Points | Kept,
+    directions: Tensor,
+    p: int,
+    grad: Tensor | None,
+    scale: float,
+    need: tuple[bool, bool],
+    values: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    """Values, and the gradients but for the weights."""
     batch, count = values.shape
     one = directions.new_ones(1, 1)
-    most = max(_count(x), _count(y))
-    for gradient in gradients:
-        gradient.zero_()
-    for first, slots in _passes(batch * count, _slots(most)):
+    for first, slots in _passes(batch * count, _slots(max(_count(x), _count(y)))):
         here = torch.arange(first, first + slots, device=values.device)
         lines = []
         for side in (x, y):
@@ -192,27 +210,58 @@ def _solve_many(
         found = values.new_empty(slots)
         for side, slopes in enumerate(problem.run((0, slots, 1), found)):
             if slopes is not None:
-                _pull_many(slopes.in_order().slopes, directions, first, grad, gradients[side])
+                mass = scale if lines[side].weights is not None else scale / _count(lines[side])
+                dense = slopes.in_order().slopes
+                _pull_many(dense, directions, first, grad, mass, gradients[side])
         values.view(-1)[first : first + slots] = found
-    for side, gradient in enumerate(gradients):
-        if gradient.numel():
-            weights = (x, y)[side].weights
-            if weights is None:
-                gradient *= scale / gradient.shape[1]
-            else:
-                gradient *= (weights * scale)[..., None]
+
+
+def _is_small(x: Points, y: Points, directions: Tensor, need: tuple[bool, bool]) -> bool:
+    """Whether one block of threads solves a slot: csrc/cuda/sliced_wasserstein_small.cu."""
+    most = backends.cuda_module().sliced_wasserstein_most_small_points(directions.device.index)
+    equal = x.weights is None and y.weights is None and _count(x) == _count(y)
+    return equal and _count(x) <= most and not need[1] and directions.dtype == torch.float32
+
+
+def _solve_small(
+    x: Points,
+    y: Points,
+    directions: Tensor,
+    p: int,
+    grad: Tensor | None,
+    scale: float,
+    need: tuple[bool, bool],
+    values: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    n = _count(x)
+    for first, slots in _passes(values.numel(), max(1, KEYS_OF_A_PASS // n)):
+        rows = [_rows(side.points, directions, first, slots) for side in (x, y)]
+        slopes = torch.empty_like(rows[0]) if need[0] else None
+        backends.cuda_module().sliced_wasserstein_small(
+            rows[0].data_ptr(),
+            rows[1].data_ptr(),
+            slots,
+            n,
+            p,
+            values.view(-1)[first:].data_ptr(),
+            address(slopes),
+            place(values),
+        )
+        if slopes is not None:
+            _pull_many(slopes, directions, first, grad, scale / n, gradients[0])
 
 
 def _pull_many(
-    slopes: Tensor, directions: Tensor, first: int, grad: Tensor | None, out: Tensor
+    slopes: Tensor, directions: Tensor, first: int, grad: Tensor | None, mass: float, out: Tensor
 ) -> None:
-    count = len(directions)
-    for b, rows, some in _batches(first, len(slopes), count):
+    """Slopes [slots, n] of a pass to the gradient [B, n, d], in which other passes come together."""
+    for b, rows, some in _batches(first, len(slopes), len(directions)):
         theta = directions[some]
         if grad is not None:
             theta = theta * grad[b, some, None]
         with torch.autocast("cuda", enabled=False):
-            out[b].addmm_(slopes[rows].mT, theta)
+            out[b].addmm_(slopes[rows].mT, theta, beta=float(some.start > 0), alpha=mass)
 
 
 class _Problem:

@@ -729,6 +729,39 @@ def test_opcheck_of_what_was_sorted(weighted: bool, p: int) -> None:
 
 @pytest.mark.parametrize("platform", platforms("cuda"))
 @pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("kind", ["random", "ties", "constant", "nan"])
+@pytest.mark.parametrize("n", [1, 513, 4096, 4097, 16384, 16385])
+def test_exact_of_sets_that_fit_a_block(platform: Platform, n: int, kind: str, p: int) -> None:
+    """Many coordinates, as many points on both sides: a kernel of its own, up to a size."""
+    x, y = torch.randn(2, n, 6), torch.randn(2, n, 6) * 1.5 + 0.3
+    directions = torch.randn(5, 6)
+    if kind == "ties":
+        x, y = dyadic_points(2, n, 6).float(), dyadic_points(2, n, 6).float() * 0.5
+        directions = torch.randint(-4, 5, (5, 6)) / 4
+    if kind == "constant":
+        x[:] = 0.25
+    if kind == "nan":
+        x[1, n // 2, 3] = math.nan
+    cotangent = torch.rand(2, 5)
+
+    def both(device: str, dtype: torch.dtype) -> list[Tensor]:
+        points = x.to(device, dtype).requires_grad_()
+        value = per_direction(points, y.to(points), directions=directions.to(points), p=p)
+        gradient = torch.autograd.grad((value * cotangent.to(points)).sum(), points)[0]
+        return [t.detach().cpu().double() for t in (value, gradient)]
+
+    with platform.forced():
+        found = both(platform.device, torch.float32)
+    for ours, exact in zip(found, both("cpu", torch.float64), strict=True):
+        if kind == "nan":
+            assert ours[1].isnan().all()
+            ours, exact = ours[:1], exact[:1]
+        error = (ours - exact).norm() / exact.norm()
+        assert error < (1e-6 if ours.dim() == 2 else 2e-3), (error, ours.dim())
+
+
+@pytest.mark.parametrize("platform", platforms("cuda"))
+@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("kind", ["constant", "two colors", "few", "many", "huge", "infinite"])
 def test_exact_on_a_gpu_at_its_corners(platform: Platform, kind: str, p: int) -> None:
     """Long ties, sizes far apart, more than a pass, and magnitudes at the ends of float32."""
@@ -1174,15 +1207,15 @@ def test_on_the_second_device(platform: Platform, method: str) -> None:
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("platform, method", ON_GPU)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("m, weighted", [(41, False), (41, True), (37, False)])
 @pytest.mark.parametrize("d", [3, 6])
 @pytest.mark.parametrize("p", [1, 2])
 def test_small_shapes_for_the_sanitizer(
-    platform: Platform, method: str, p: int, d: int, weighted: bool
+    platform: Platform, method: str, p: int, d: int, m: int, weighted: bool
 ) -> None:
     x = torch.rand(2, 37, d, device="cuda", requires_grad=True)
-    y = torch.rand(2, 41, d, device="cuda", requires_grad=True)
-    weights = torch.rand(2, 41, device="cuda") if weighted else None
+    y = torch.rand(2, m, d, device="cuda", requires_grad=m == 41)
+    weights = torch.rand(2, m, device="cuda") if weighted else None
     with platform.forced():
         value = sliced_wasserstein(
             x, y, directions=5, weights_y=weights, method=method, bins=33, p=p

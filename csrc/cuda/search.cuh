@@ -1,0 +1,51 @@
+// Searching what is sorted, from a place that is mostly near.
+#pragma once
+
+#include <cstdint>
+
+namespace sdcore {
+
+// The smallest i from `start` to `end` for which `is` holds, `end` if none: `is` holds from some i
+// on. Steps double.
+template <typename Is>
+__device__ __forceinline__ uint32_t first_where(uint32_t start, uint32_t end, Is&& is) {
+  if (start >= end || is(start)) return start;
+  uint32_t low = start, step = 1;
+  while (step < end - low && !is(low + step)) {
+    low += step;
+    step *= 2;
+  }
+  uint32_t high = step < end - low ? low + step : end;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (is(middle)) {
+      high = middle;
+    } else {
+      low = middle;
+    }
+  }
+  return high;
+}
+
+// The smallest i from which on, up to `start`, `is` holds.
+template <typename Is>
+__device__ __forceinline__ uint32_t last_run(uint32_t start, Is&& is) {
+  uint32_t high = start, step = 1;
+  while (step <= high && is(high - step)) {
+    high -= step;
+    step *= 2;
+  }
+  uint32_t low = step <= high ? high - step : 0;  // `is` fails there, unless it is 0
+  if (step > high && (high == 0 || is(0))) return 0;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (is(middle)) {
+      high = middle;
+    } else {
+      low = middle;
+    }
+  }
+  return high;
+}
+
+}  // namespace sdcore
