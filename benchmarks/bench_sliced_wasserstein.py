@@ -1,10 +1,11 @@
 """Sliced Wasserstein value and gradient, against what else there is.
 
 ``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]
-[--cases PART] [--only PART]``
+[--cases PART] [--only PART] [--skip PART]``
 
 ``--cases`` and ``--only`` measure the cases, and the implementations, whose names have that part,
-or one of several between semicolons: ``--cases 1,048,576 --only "torch; cuda exact"``.
+or one of several between semicolons: ``--cases 1,048,576 --only "torch; cuda exact"``. ``--skip``
+leaves out peers likewise: ``--skip torch.compile``.
 
 Peers: ``torch`` is the vectorized sort with autograd, projections made contiguous for the sort
 (nearly twice as fast on a CPU as sorting a transposed view); ``torch.compile`` is the same,
@@ -263,9 +264,18 @@ def shared_by_equals(gradient: Tensor, points: Tensor) -> Tensor:
 
 
 def run_case(
-    case: Case, device: str, peers: bool, only: str, ceilings: measure.Ceilings | None
+    case: Case,
+    device: str,
+    peers: bool,
+    only: str,
+    skip: str,
+    ceilings: measure.Ceilings | None,
 ) -> list[Row]:
-    rivals = [found for found in _peers(case, device) if peers and _named(found[0], only)]
+    rivals = [
+        found
+        for found in _peers(case, device)
+        if peers and _named(found[0], only) and not (skip and _named(found[0], skip))
+    ]
     wanted = [one for one in OURS if _named(one.name, only) and one.runs(case, device)]
     if not rivals and not wanted:
         return []
@@ -393,6 +403,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write the rows there")
     parser.add_argument("--cases", default="", metavar="PART", help="only cases so named")
     parser.add_argument("--only", default="", metavar="PART", help="only implementations so named")
+    parser.add_argument("--skip", default="", metavar="PART", help="no peers so named")
     arguments = parser.parse_args()
     device = arguments.device
     ceilings = _ceilings() if device == "cuda" else None
@@ -401,7 +412,7 @@ def main() -> None:
         if arguments.cases not in case.name:
             continue
         print(f"{case.name} …", flush=True)
-        rows += run_case(case, device, peers, arguments.only, ceilings)
+        rows += run_case(case, device, peers, arguments.only, arguments.skip, ceilings)
     if not rows:
         parser.error("nothing of that name runs here")
     measure.finish(rows, arguments.csv)

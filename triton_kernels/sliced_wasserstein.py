@@ -30,7 +30,7 @@ WEIGHT_UNIT = tl.constexpr(4611686018427387904.0)
 HISTOGRAM_TILE = (32, 128)
 # The points are kept in registers over all directions, and few directions for each exchange among
 # threads.
-RANGE_TILE = (4, 2048)
+RANGE_TILE = (8, 2048)
 RANGE_WARPS = 4
 BACKWARD_POINTS = 1024  # with 8 warps 71 µs; tiles of several directions took 110 and more
 SLOPE_TILE = (8, 512)

@@ -201,9 +201,9 @@ void transport(const SortedArgument& x, const SortedArgument& y, const PassArgum
       to_place(place));
 }
 
-void unpack(const BucketedArgument& from, int64_t slots, Address out, bool is_double,
+void unpack(const BucketedArgument& from, int64_t slots, Address out, bool finite, bool is_double,
             const PlaceArgument& place) {
-  sdcore::sliced_wasserstein_unpack(to_bucketed(from), slots, at<void>(out), is_double,
+  sdcore::sliced_wasserstein_unpack(to_bucketed(from), slots, at<void>(out), finite, is_double,
                                     to_place(place));
 }
 

@@ -834,13 +834,16 @@ __device__ __forceinline__ void for_buckets(const Bucketed& from, int64_t bucket
 // To rows of all points.
 template <typename Real>
 __global__ void __launch_bounds__(kPullThreads)
-    unpack_kernel(Bucketed from, Real* out, int64_t buckets) {
+    unpack_kernel(Bucketed from, Real* out, bool finite, int64_t buckets) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   Real* shared = reinterpret_cast<Real*>(dynamic);
   const int64_t bucket = blockIdx.x % buckets, row = blockIdx.x / buckets;
   for_buckets(from, bucket, row, row + 1, shared, [&](int64_t row, int points) {
     Real* to = out + row * from.count + (bucket << from.bits);
-    for (int e = threadIdx.x; e < points; e += kPullThreads) to[e] = shared[e];
+    for (int e = threadIdx.x; e < points; e += kPullThreads) {
+      const Real slope = shared[e];
+      to[e] = finite && isnan(slope) ? Real(0) : slope;
+    }
   });
 }
 
@@ -1000,8 +1003,8 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
   });
 }
 
-void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool is_double,
-                               Place place) {
+void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool finite,
+                               bool is_double, Place place) {
   const DeviceGuard guard(place.device);
   with_real(is_double, [&](auto zero) {
     using Real = decltype(zero);
@@ -1010,7 +1013,7 @@ void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, b
     auto* kernel = unpack_kernel<Real>;
     allow_shared_memory(kernel, bytes);
     kernel<<<grid(slots * buckets), kPullThreads, bytes, stream_of(place)>>>(
-        from, static_cast<Real*>(out), buckets);
+        from, static_cast<Real*>(out), finite, buckets);
     check(cudaGetLastError(), "the launch of unpack_kernel");
   });
 }

@@ -111,9 +111,9 @@ struct TransportArguments {
 int64_t transport_blocks(int64_t n, int64_t m, bool is_double);
 void sliced_wasserstein_transport(const TransportArguments& arguments, Place place);
 
-// Slopes, Real [slots, count], in the order of the points.
-void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool is_double,
-                               Place place);
+// Slopes, Real [slots, count], in the order of the points. With `finite`, 0 in the place of NaN.
+void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, bool finite,
+                               bool is_double, Place place);
 
 // Whether `sliced_wasserstein_pull` takes slopes in buckets of so many bits.
 bool can_pull_buckets(int bits);
@@ -140,8 +140,9 @@ struct SmallArguments {
   int64_t slots, count;
   int p;
   float* values;  // [slots]
-  float* slopes;  // [slots, count], of x per unit of weight, in the order of the points; null: not
-                  // wanted
+  // [slots, count], of x per unit of weight, in the order of the points; 0 where the value is NaN.
+  // Null: not wanted.
+  float* slopes;
 };
 int64_t most_small_points(int device);
 void sliced_wasserstein_small(const SmallArguments& arguments, Place place);

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
       if (i > 0 && sorted.x[i - 1] == v) {
         first = last_run(i - 1, [&](uint32_t j) { return sorted.x[j] == v; });
       }
-      slope[k] = poisoned ? NAN : slopes[first];
+      slope[k] = poisoned ? 0.0f : slopes[first];
     }
     __syncthreads();
 #pragma unroll

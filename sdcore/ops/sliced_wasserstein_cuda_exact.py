@@ -61,14 +61,15 @@ class Slopes(NamedTuple):
     def described(self) -> tuple[int, int, int, int]:
         return self.slopes.data_ptr(), self.places.data_ptr(), self.bits, self.slopes.shape[1]
 
-    def in_order(self) -> Slopes:
-        """In the order of the points."""
+    def in_order(self, finite: bool = False) -> Slopes:
+        """In the order of the points; if ``finite``, with 0 in the place of NaN."""
         if self.bits == 0:
-            return self
+            return self._replace(slopes=self.slopes.nan_to_num(nan=0.0)) if finite else self
         backends.cuda_module().sliced_wasserstein_unpack(
             self.described(),
             self.slopes.shape[0],
             self.spare.data_ptr(),
+            finite,
             self.slopes.dtype == torch.float64,
             place(self.slopes),
         )
@@ -211,8 +212,8 @@ def _solve_lines(
         for side, slopes in enumerate(problem.run((0, slots, 1), found)):
             if slopes is not None:
                 mass = scale if lines[side].weights is not None else scale / _count(lines[side])
-                dense = slopes.in_order().slopes
-                _pull_many(dense, directions, first, grad, mass, gradients[side])
+                dense = slopes.in_order(finite=True).slopes
+                _pull_many(dense, found, directions, first, grad, mass, gradients[side])
         values.view(-1)[first : first + slots] = found
 
 
@@ -238,26 +239,38 @@ def _solve_small(
     for first, slots in _passes(values.numel(), max(1, KEYS_OF_A_PASS // n)):
         rows = [_rows(side.points, directions, first, slots) for side in (x, y)]
         slopes = torch.empty_like(rows[0]) if need[0] else None
+        found = values.view(-1)[first : first + slots]
         backends.cuda_module().sliced_wasserstein_small(
             rows[0].data_ptr(),
             rows[1].data_ptr(),
             slots,
             n,
             p,
-            values.view(-1)[first:].data_ptr(),
+            found.data_ptr(),
             address(slopes),
             place(values),
         )
         if slopes is not None:
-            _pull_many(slopes, directions, first, grad, scale / n, gradients[0])
+            _pull_many(slopes, found, directions, first, grad, scale / n, gradients[0])
 
 
 def _pull_many(
-    slopes: Tensor, directions: Tensor, first: int, grad: Tensor | None, mass: float, out: Tensor
+    slopes: Tensor,
+    values: Tensor,
+    directions: Tensor,
+    first: int,
+    grad: Tensor | None,
+    mass: float,
+    out: Tensor,
 ) -> None:
-    """Slopes [slots, n] of a pass to the gradient [B, n, d], in which other passes come together."""
+    """From slopes [slots, n] of a pass to the gradient [B, n, d], to which all passes add.
+
+    A NaN among the values goes to the gradient by the directions: among the slopes it would lie
+    beside those of other batch elements, and a product need not keep to its own rows.
+    """
+    poison = torch.where(values.isnan(), values, 0)[:, None]
     for b, rows, some in _batches(first, len(slopes), len(directions)):
-        theta = directions[some]
+        theta = directions[some] + poison[rows]
         if grad is not None:
             theta = theta * grad[b, some, None]
         with torch.autocast("cuda", enabled=False):

@@ -466,12 +466,13 @@ def test_points_outside_of_value_range_count_in_the_end_bins(
 @pytest.mark.parametrize("platform, method", cases())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["x", "y"])
+@pytest.mark.parametrize("n, d", [(20, 3), (513, 6)])
 def test_non_finite_coordinates_give_nan(
-    platform: Platform, method: str, side: str, bad: float
+    n: int, d: int, platform: Platform, method: str, side: str, bad: float
 ) -> None:
-    points = {"x": torch.rand(3, 20, 3), "y": torch.rand(3, 30, 3)}
+    points = {"x": torch.rand(3, n, d), "y": torch.rand(3, n + 10, d)}
     points[side][1, 7, 2] = bad
-    directions = torch.randn(5, 3)
+    directions = torch.randn(5, d)
     with platform.forced():
         value, *gradients = value_and_gradient(
             per_direction,
@@ -756,8 +757,8 @@ def test_exact_of_sets_that_fit_a_block(platform: Platform, n: int, kind: str, p
         if kind == "nan":
             assert ours[1].isnan().all()
             ours, exact = ours[:1], exact[:1]
-        error = (ours - exact).norm() / exact.norm()
-        assert error < (1e-6 if ours.dim() == 2 else 2e-3), (error, ours.dim())
+        error, limit = (ours - exact).norm(), 1e-6 if ours.dim() == 2 else 2e-3
+        assert error <= limit * exact.norm(), (error, exact.norm(), ours.dim())
 
 
 @pytest.mark.parametrize("platform", platforms("cuda"))
