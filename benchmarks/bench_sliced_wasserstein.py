@@ -412,10 +412,12 @@ def main() -> None:
         if arguments.cases not in case.name:
             continue
         print(f"{case.name} …", flush=True)
-        rows += run_case(case, device, peers, arguments.only, arguments.skip, ceilings)
+        found = run_case(case, device, peers, arguments.only, arguments.skip, ceilings)
+        if found:
+            measure.report(found, arguments.csv, earlier=rows)
+            rows += found
     if not rows:
         parser.error("nothing of that name runs here")
-    measure.finish(rows, arguments.csv)
 
 
 def _ceilings() -> measure.Ceilings | None:

@@ -178,8 +178,9 @@ def product_rate(size: int = 4096) -> float:
     return 2 * size**3 / (median * 1e-3)
 
 
-def finish(rows: list[Row], path: Path | None) -> None:
-    """Fill in what all rows share, print the table, write the CSV."""
+def report(rows: list[Row], path: Path | None, earlier: Sequence[Row] = ()) -> None:
+    """Fill in what all rows share, print them as a table, and write them, after those that came
+    earlier, to the CSV: a run that is cut short leaves what it had measured."""
     shared = versions(), commit(), time.strftime("%Y-%m-%d")
     for row in rows:
         row.device = device_name(row.device)
@@ -189,9 +190,10 @@ def finish(rows: list[Row], path: Path | None) -> None:
     if path is not None:
         lines = [
             asdict(row) | {"ratios": "; ".join(f"{k} {v:.3g}" for k, v in row.ratios.items())}
-            for row in rows
+            for row in (*earlier, *rows)
         ]
         write_csv([f.name for f in fields(Row)], lines, path)
+    print(flush=True)
 
 
 def write_csv(head: Sequence[str], lines: Sequence[dict[str, Any]], path: Path) -> None:

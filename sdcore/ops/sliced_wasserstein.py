@@ -10,6 +10,7 @@ the sort, and the gradient of a point is a table entry that its bin selects.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -219,7 +220,13 @@ def reference(
 def project(points: Tensor, directions: Tensor) -> Tensor:
     """[B, n, d] and [L, d] to [B, L, n], in float32 or float64."""
     dtype = compute_dtype(points.dtype)
-    return directions.to(dtype) @ points.to(dtype).mT
+    points, directions = points.to(dtype), directions.to(dtype)
+    if points.shape[-1] > cuda.MOST_COORDINATES:
+        return directions @ points.mT
+    # A matrix product may round the last columns otherwise than the first (MKL's does): equal
+    # points, of which colors have many, would not tie.
+    terms = (points[:, None, :, k] * directions[:, k, None] for k in range(points.shape[-1]))
+    return functools.reduce(torch.add, terms)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -331,6 +331,21 @@ def test_ties_do_not_depend_on_order(platform: Platform, method: str) -> None:
     torch.testing.assert_close(grad_x[:, 50:100], grad_x[:, :50], rtol=0, atol=1e-16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("platform", SORTING)
+def test_equal_points_tie_wherever_they_stand(platform: Platform, dtype: torch.dtype) -> None:
+    """An image of two colors has two gradients, in the last pixels as in the first."""
+    n = 1003
+    x = torch.rand(2, 3, dtype=dtype)[torch.arange(n) % 2].to(platform.device).requires_grad_()
+    y = torch.rand(n, 3, dtype=dtype, device=platform.device)
+    with platform.forced():
+        value = sliced_wasserstein(x, y, directions=7)
+        (gradient,) = torch.autograd.grad(value, x)
+    even, odd = gradient[::2], gradient[1::2]
+    torch.testing.assert_close(even, even[:1].expand_as(even), rtol=1e-5, atol=0)
+    torch.testing.assert_close(odd, odd[:1].expand_as(odd), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("platform", ALL)
 def test_binned_histograms_add_up_alike_in_any_order(platform: Platform, weighted: bool) -> None:
