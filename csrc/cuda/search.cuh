@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t first_where(uint32_t start, uint32_t end, Is
   return high;
 }
 
-// The smallest i from which on, up to `start`, `is` holds.
+// The smallest i from which on, up to `start`, `is` holds, as it does at `start`.
 template <typename Is>
 __device__ __forceinline__ uint32_t last_run(uint32_t start, Is&& is) {
   uint32_t high = start, step = 1;

@@ -36,7 +36,9 @@ constexpr int kGatherThreads = 512;
 constexpr int kMostDepth = 3;  // stages of tables in shared memory, in use or on their way
 constexpr int kMostStage = 4;  // tables of a stage
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
-constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
+// Bytes of shared memory that a block that counts has beside what is counted for it: static ones,
+// and the rounding of addresses, which a plan leaves room for.
+constexpr int64_t kStatic = 128, kSpare = kStatic + 64;
 // In the place of a mass: a projection was not finite, or a weight NaN.
 constexpr unsigned long long kPoison = ~0ull;
 
@@ -382,7 +384,7 @@ __global__ void __launch_bounds__(kCountBlock, 1)
   if (!Copied && counts && begin < end) {
     load<Real, D, P>(source, b, begin + threadIdx.x, threads, next);
   }
-  for (int g = threadIdx.x; g < here && g < kCountThreads; g += kCountThreads) {
+  if (const int g = threadIdx.x; g < here) {
     const Real* theta = directions + g * D;
     lines[g] = line_of<Real, D>(ends_of<Real, D>(work.ends, slot + g, theta), theta);
     poison[g] = 0;
@@ -1236,10 +1238,13 @@ HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, in
   const int64_t each = padded_bins(static_cast<uint32_t>(bins) + 1) * (weighted ? 8 : 4) +
                        parts_of(static_cast<uint32_t>(bins)) * 8 + (dim + 1) * real + 4;
   // Room for copied points, unless bins need it all; and static shared memory and rounding.
-  int64_t room = gpu.shared_per_block - 128;
-  const int64_t tiles = is_double ? tile_bytes<double>(dim, Format::float64, kCountThreads)
-                                  : tile_bytes<float>(dim, Format::float32, kCountThreads);
-  if (!weighted && room - tiles >= each) room -= tiles;
+  int64_t room = gpu.shared_per_block - kSpare;
+  int64_t tiles = 0;
+  if (gpu.has_copy_engine && !weighted) {
+    tiles = is_double ? tile_bytes<double>(dim, Format::float64, kCountThreads)
+                      : tile_bytes<float>(dim, Format::float32, kCountThreads);
+  }
+  if (room - tiles >= each) room -= tiles;
   const int64_t most = std::min({room / each, int64_t{kMostLines}, directions});
   if (most == 0) {
     throw std::invalid_argument(std::to_string(bins) + " bins don't fit shared memory");
@@ -1252,7 +1257,7 @@ HistogramPlan sliced_wasserstein_plan(int64_t n, int64_t others, int64_t dim, in
        ++groups) {
     const int64_t group = ceil_div(directions, groups);
     const int64_t resident = std::clamp<int64_t>(
-        gpu.shared_per_block / (group * each + (weighted ? 0 : tiles) + 1024), 1, 3);
+        gpu.shared_per_block / (group * each + tiles + 1024), 1, 3);
     const int64_t blocks = gpu.multiprocessors * resident / (groups * batch);
     const int64_t mine = blocks * n / (n + others), theirs = blocks * others / (n + others);
     const double work = static_cast<double>(resident * group) /
@@ -1303,7 +1308,7 @@ void sliced_wasserstein_histogram(const Side* sides, int count, Directions direc
         const uint32_t words = padded_bins(work.bins + 1) * (weighted ? 2 : 1);
         const int64_t bytes = histogram_head<Real, dim>(work.group, work.bins) +
                               static_cast<int64_t>(work.group) * words * 4 + tiles;
-        if (bytes > gpu.shared_per_block - 128 || work.group > kMostLines) return false;
+        if (bytes > gpu.shared_per_block - kStatic || work.group > kMostLines) return false;
         auto* kernel = histogram_kernel<Real, dim, weighted, copied>;
         allow_shared_memory(kernel, bytes);
         const int64_t blocks = (work.side[0].chunks + work.side[1].chunks) *
@@ -1312,14 +1317,18 @@ void sliced_wasserstein_histogram(const Side* sides, int count, Directions direc
                        "the launch of histogram_kernel", work);
         return true;
       };
+      bool launched = false;
       if (sides[0].weights) {
-        launch(std::true_type(), std::false_type());
-        return;
+        launched = launch(std::true_type(), std::false_type());
+      } else {
+        const bool dense =
+            gpu.has_copy_engine && is_dense(points) && is_dense(sides[count - 1].points);
+        launched = (dense && launch(std::false_type(), std::true_type())) ||
+                   launch(std::false_type(), std::false_type());
       }
-      const bool dense =
-          gpu.has_copy_engine && is_dense(points) && is_dense(sides[count - 1].points);
-      if (!dense || !launch(std::false_type(), std::true_type())) {
-        launch(std::false_type(), std::false_type());
+      if (!launched) {
+        throw std::invalid_argument("a group of " + std::to_string(sides[0].group) +
+                                    " directions does not fit shared memory");
       }
     });
   });

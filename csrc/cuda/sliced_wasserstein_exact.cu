@@ -1,8 +1,8 @@
 #include "sliced_wasserstein_exact.h"
 
-#include <algorithm>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "ordered.cuh"
@@ -23,14 +23,13 @@ constexpr int kTransportTile = 16384 / sizeof(Real);
 // points with neighboring numbers, in runs, and within each bucket in shared memory. Writing each
 // to its place at once takes 0.5 ms for 33 million, a memory transaction for each.
 constexpr int kBucketBits = 12;
-constexpr int kMostBucketBits = 14;  // 16384 doubles of shared memory, numbers of 16 bits
+constexpr int kMostBucketBytes = 1 << 16;  // in shared memory
 constexpr int kMostBuckets = 1024;
 constexpr int kFewTies = 8;  // are looked at one by one
 constexpr int kPullThreads = 512;
 constexpr int kPullEach = (1 << kBucketBits) / kPullThreads;
 constexpr int kPrefixEach = 8;
 constexpr int kPrefixChunk = kThreads * kPrefixEach;
-constexpr double kWeightUnit = 0x1p62;  // one over the unit of fixed-point weights
 
 using Mass = unsigned long long;
 
@@ -63,7 +62,7 @@ template <typename Real>
 using Code = typename Fixed<Real>::Code;
 
 // To whole multiples of 2^exponent. Two factors, for one may be out of range where the numbers are
-// tiny; their products are exact.
+// tiny; products are exact, unless they are far below the grid.
 template <typename Real>
 struct Quantizer {
   Real first, second;
@@ -77,11 +76,6 @@ struct Quantizer {
 };
 
 template <typename Real>
-__device__ __forceinline__ bool not_finite(Real x) {
-  return !(fabs(x) <= static_cast<Real>(INFINITY)) || isinf(x);
-}
-
-template <typename Real>
 __global__ void grid_kernel(GridArguments work) {
   const int64_t slot = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (slot >= work.batch * work.directions) return;
@@ -93,7 +87,7 @@ __global__ void grid_kernel(GridArguments work) {
     const int64_t row = work.kept.one ? l : slot, n = work.kept.count;
     const Real* values = static_cast<const Real*>(work.kept.values) + row * n;
     const Real low = values[0], high = values[n - 1];  // sorting puts NaN last
-    bad = not_finite(low) || not_finite(high);
+    bad = !isfinite(low) || !isfinite(high);
     largest = fmax(largest, fmax(fabs(low), fabs(high)));
     if (work.kept.levels) bad |= isnan(work.kept.levels[row * n + n - 1]);
   }
@@ -149,7 +143,6 @@ __global__ void __launch_bounds__(kThreads)
     keys_kernel(Projecting<Real, D> projecting, int bits, const int* exponents, int* poison,
                 Key<Real>* keys, uint32_t* number) {
   Quantizer<Real> quantize(0);
-  bool bad = false;
   int64_t current = 0;
   const Key<Real> half = Key<Real>(1) << (bits - 1);
   projecting.run(
@@ -158,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
         quantize = Quantizer<Real>(exponents[slot]);
       },
       [&](int64_t row, int64_t i, Real value) {
-        bad = not_finite(value);
+        const bool bad = !isfinite(value);
         if (bad) poison[current] = 1;
         const Key<Real> code = bad ? half : static_cast<Key<Real>>(quantize(value)) + half;
         const int64_t to = row * projecting.points.count + i;
@@ -208,9 +201,9 @@ __global__ void __launch_bounds__(kThreads) chunk_sums_kernel(int64_t chunks, T*
   }
 }
 
-template <typename T, typename Source, typename Sink>
+template <typename T, typename Source>
 __global__ void __launch_bounds__(kThreads)
-    prefix_kernel(Source source, Sink sink, int64_t count, int64_t chunks, const T* totals) {
+    prefix_kernel(Source source, T* out, int64_t count, int64_t chunks, const T* totals) {
   __shared__ typename cub::BlockScan<T, kThreads>::TempStorage scratch;
   const int64_t row = blockIdx.x / chunks, first = blockIdx.x % chunks * kPrefixChunk;
   T each[kPrefixEach];
@@ -222,12 +215,12 @@ __global__ void __launch_bounds__(kThreads)
   const T before = totals[row * chunks + blockIdx.x % chunks];
   for (int j = 0; j < kPrefixEach; ++j) {
     const int64_t i = first + threadIdx.x * kPrefixEach + j;
-    if (i < count) sink(row, i, before + each[j]);
+    if (i < count) out[row * count + i] = before + each[j];
   }
 }
 
-template <typename T, typename Source, typename Sink>
-void prefix(Source source, Sink sink, int64_t rows, int64_t count, void* totals,
+template <typename T, typename Source>
+void prefix(Source source, T* out, int64_t rows, int64_t count, void* totals,
             cudaStream_t stream) {
   const int64_t chunks = ceil_div(count, kPrefixChunk);
   T* sums = static_cast<T*>(totals);
@@ -236,7 +229,7 @@ void prefix(Source source, Sink sink, int64_t rows, int64_t count, void* totals,
   chunk_sums_kernel<T><<<grid(rows), kThreads, 0, stream>>>(chunks, sums);
   check(cudaGetLastError(), "the launch of chunk_sums_kernel");
   prefix_kernel<T>
-      <<<grid(rows * chunks), kThreads, 0, stream>>>(source, sink, count, chunks, sums);
+      <<<grid(rows * chunks), kThreads, 0, stream>>>(source, out, count, chunks, sums);
   check(cudaGetLastError(), "the launch of prefix_kernel");
 }
 
@@ -251,13 +244,6 @@ struct WeightSource {
     return __double2ull_rn(weights[b * count + number[row * count + i]] * kWeightUnit);
   }
 };
-struct WeightSink {
-  Mass* sums;
-  int64_t count;
-  __device__ void operator()(int64_t row, int64_t i, Mass sum) const {
-    sums[row * count + i] = sum;
-  }
-};
 
 // In place, from whole numbers to shares of the row's last.
 __global__ void __launch_bounds__(kThreads) normalize_kernel(int64_t count, Mass* sums) {
@@ -269,9 +255,13 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(int64_t count, Mass
   sums[row * count + i] =
       __double_as_longlong(static_cast<double>(sums[row * count + i]) / total);
 }
-__global__ void finish_levels_kernel(int64_t count, int64_t rows, double* levels) {
+// NaN where the weights are none, which then fill their row.
+__global__ void finish_levels_kernel(const double* weights, int64_t count, Pass pass,
+                                     double* levels) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (row < rows) levels[row * count + count - 1] = 1;
+  if (row >= pass.slots) return;
+  const int64_t b = (pass.first + row) / pass.directions;
+  levels[row * count + count - 1] = isnan(weights[b * count]) ? NAN : 1;
 }
 
 // One side of one slot. Levels, where mass begins and ends, are doubles up to 1 if either side has
@@ -444,13 +434,6 @@ struct MomentSource {
     const uint32_t at = static_cast<uint32_t>(i);
     return static_cast<double>(view.begin(at + 1) - view.begin(at)) *
            static_cast<double>(view.code(at));
-  }
-};
-struct MomentSink {
-  double* moments;
-  int64_t count;
-  __device__ void operator()(int64_t row, int64_t i, double sum) const {
-    moments[row * count + i] = sum;
   }
 };
 
@@ -756,16 +739,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What a pass adds to the gradient of a point.
+// The gradient of a point goes on where the pass before ended, and gets its weight at the end: so it
+// does not depend on how many slots a pass has.
 template <typename Real, int D>
-__device__ __forceinline__ void add_pull(const PullArguments& work, int64_t b, int64_t i,
-                                         bool continued, const Real (&sum)[D]) {
+__device__ __forceinline__ void begin_pull(const PullArguments& work, int64_t b, int64_t i,
+                                           bool continued, Real (&sum)[D]) {
+  const Real* out = static_cast<const Real*>(work.out) + (b * work.from.count + i) * D;
+#pragma unroll
+  for (int k = 0; k < D; ++k) sum[k] = continued ? out[k] : Real(0);
+}
+template <typename Real, int D>
+__device__ __forceinline__ void end_pull(const PullArguments& work, int64_t b, int64_t i, bool last,
+                                         const Real (&sum)[D]) {
   const int64_t n = work.from.count;
-  const double mass = work.weights ? work.weights[b * n + i] : 1.0 / static_cast<double>(n);
-  const Real scale = static_cast<Real>(mass * work.scale);
+  Real scale = 1;
+  if (last) {
+    const double mass = work.weights ? work.weights[b * n + i] : 1.0 / static_cast<double>(n);
+    scale = static_cast<Real>(mass * work.scale);
+  }
   Real* out = static_cast<Real*>(work.out) + (b * n + i) * D;
 #pragma unroll
-  for (int k = 0; k < D; ++k) out[k] = sum[k] * scale + (continued ? out[k] : Real(0));
+  for (int k = 0; k < D; ++k) out[k] = sum[k] * scale;
 }
 
 // A point's slopes of all directions of the pass, times these.
@@ -780,7 +774,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
   const Real* slopes = static_cast<const Real*>(work.from.slopes) + i;
   const Real* grad = static_cast<const Real*>(work.grad);
-  Real sum[D] = {};
+  Real sum[D];
+  begin_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
 #pragma unroll 8
   for (int64_t slot = from; slot < to; ++slot) {
     const Real* theta =
@@ -789,7 +784,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < D; ++k) sum[k] = fma(slope, __ldg(theta + k), sum[k]);
   }
-  add_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
+  end_pull<Real, D>(work, b, i, to == (b + 1) * pass.directions, sum);
 }
 
 // Slopes of one bucket of each of the pass's slots, in shared memory in the order of their points.
@@ -857,7 +852,13 @@ __global__ void __launch_bounds__(kPullThreads)
   const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
   const Real* grad = static_cast<const Real*>(work.grad);
   const Real* directions = static_cast<const Real*>(work.directions.data);
+  const int64_t n = work.from.count, first = (bucket << kBucketBits) + threadIdx.x;
   Real sum[kPullEach][D] = {};
+#pragma unroll
+  for (int k = 0; k < kPullEach; ++k) {
+    const int64_t i = first + k * kPullThreads;
+    if (i < n) begin_pull<Real, D>(work, b, i, from > b * pass.directions, sum[k]);
+  }
   for_buckets(work.from, bucket, from - pass.first, to - pass.first, shared,
               [&](int64_t row, int points) {
                 const int64_t slot = pass.first + row;
@@ -871,11 +872,10 @@ __global__ void __launch_bounds__(kPullThreads)
                   for (int c = 0; c < D; ++c) sum[k][c] = fma(slope, __ldg(theta + c), sum[k][c]);
                 }
               });
-  const int64_t n = work.from.count;
 #pragma unroll
   for (int k = 0; k < kPullEach; ++k) {
-    const int64_t i = (bucket << kBucketBits) + k * kPullThreads + threadIdx.x;
-    if (i < n) add_pull<Real, D>(work, b, i, from > b * pass.directions, sum[k]);
+    const int64_t i = first + k * kPullThreads;
+    if (i < n) end_pull<Real, D>(work, b, i, to == (b + 1) * pass.directions, sum[k]);
   }
 }
 
@@ -944,13 +944,12 @@ void sliced_wasserstein_levels(const uint32_t* number, const double* weights, in
   const DeviceGuard guard(place.device);
   const cudaStream_t stream = stream_of(place);
   Mass* sums = reinterpret_cast<Mass*>(levels);
-  prefix<Mass>(WeightSource{number, weights, count, pass}, WeightSink{sums, count}, pass.slots,
-               count, totals, stream);
+  prefix(WeightSource{number, weights, count, pass}, sums, pass.slots, count, totals, stream);
   normalize_kernel<<<grid(ceil_div(count, kThreads) * pass.slots), kThreads, 0, stream>>>(count,
                                                                                           sums);
   check(cudaGetLastError(), "the launch of normalize_kernel");
   finish_levels_kernel<<<grid(ceil_div(pass.slots, kThreads)), kThreads, 0, stream>>>(
-      count, pass.slots, levels);
+      weights, count, pass, levels);
   check(cudaGetLastError(), "the launch of finish_levels_kernel");
 }
 
@@ -959,8 +958,8 @@ int64_t transport_blocks(int64_t n, int64_t m, bool is_double) {
   return ceil_div(n, tile) + ceil_div(m, tile);
 }
 
-int bucket_bits(int64_t count) {
-  for (int bits = kBucketBits; bits <= kMostBucketBits; ++bits) {
+int bucket_bits(int64_t count, bool is_double) {
+  for (int bits = kBucketBits; (is_double ? 8 : 4) << bits <= kMostBucketBytes; ++bits) {
     if (ceil_div(count, int64_t(1) << bits) <= kMostBuckets) return bits;
   }
   return 0;
@@ -972,9 +971,8 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
   const auto launch = [&](auto zero, auto weighted) {
     using Real = decltype(zero);
     const auto moments = [&](const SortedSide& side, int64_t wide) {
-      prefix<double>(MomentSource<Real, weighted>{side, a, wide},
-                     MomentSink{side.moments, side.count}, a.pass.slots, side.count, a.totals,
-                     stream);
+      prefix(MomentSource<Real, weighted>{side, a, wide}, side.moments, a.pass.slots, side.count,
+             a.totals, stream);
     };
     if (a.x.moments) moments(a.x, a.y.count);
     if (a.y.moments) moments(a.y, a.x.count);

@@ -80,7 +80,7 @@ struct Bucketed {
   int64_t count;
 };
 // Bits for so many points.
-int bucket_bits(int64_t count);
+int bucket_bits(int64_t count, bool is_double);
 
 // One side of a transport problem: sorted keys, or what was sorted before.
 struct SortedSide {
@@ -118,8 +118,8 @@ void sliced_wasserstein_unpack(const Bucketed& from, int64_t slots, void* out, b
 // Whether `sliced_wasserstein_pull` takes slopes in buckets of so many bits.
 bool can_pull_buckets(int bits);
 
-// The gradient to points, Real [batch, count, dim], from the slopes of a pass; added to what is
-// there for a batch element whose first direction is in an earlier pass.
+// The gradient to points, Real [batch, count, dim], from the slopes of a pass; of a batch element
+// that is spread over several passes it is complete after the last.
 struct PullArguments {
   Bucketed from;
   Directions directions;

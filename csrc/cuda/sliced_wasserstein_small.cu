@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
     const float gap = unordered(v) - unordered(sorted.y[i]);
     cost += work.p == 1 ? fabs(static_cast<double>(gap)) : static_cast<double>(gap) * gap;
     const bool leads = i == 0 || sorted.x[i - 1] != v;
-    if (!leads) continue;
+    if (!leads || !work.slopes) continue;
     if (i + 1 == n || sorted.x[i + 1] != v) {
       slopes[i] = work.p == 1 ? static_cast<float>((gap > 0) - (gap < 0)) : 2 * gap;
     } else {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
       if (i > 0 && sorted.x[i - 1] == v) {
         first = last_run(i - 1, [&](uint32_t j) { return sorted.x[j] == v; });
       }
-      slope[k] = poisoned ? 0.0f : slopes[first];
+      slope[k] = slopes[first];
     }
     __syncthreads();
 #pragma unroll
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
     }
     __syncthreads();
     float* out = work.slopes + blockIdx.x * work.count;
-    for (int i = thread; i < n; i += kThreads) out[i] = slopes[i];
+    // Where there is NaN, padding may have been sorted in its place, and slopes be anything.
+    for (int i = thread; i < n; i += kThreads) out[i] = poisoned ? 0.0f : slopes[i];
     __syncthreads();
   }
   const double sum = typename Sorted::Reduce(sorted.scratch.reduce).Sum(cost);

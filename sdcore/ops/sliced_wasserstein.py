@@ -30,8 +30,8 @@ METHODS = ("exact", "binned")
 REDUCTIONS = ("mean", "sum", "none")
 # A float32 bin index resolves a sixteenth of a bin up to here.
 MOST_BINS = 1 << 20
-# Point counts and bin counts are 32-bit in the kernels.
-MOST_POINTS = (1 << 31) - 1
+# Point counts and bin counts are 32-bit in the kernels, which look a tile ahead.
+MOST_POINTS = (1 << 31) - (1 << 16)
 
 
 def sliced_wasserstein(
@@ -72,8 +72,10 @@ def sliced_wasserstein(
         weights_x, weights_y: [..., n] and [..., m], non-negative, normalized here to sum to one;
             None means equal weights. Zero-weight points count for nothing, except that ``binned``
             without ``value_range`` spans them with its bins.
-        method: ``"exact"`` sorts. ``"binned"`` moves every projection to the center of one of
-            ``bins`` equal bins.
+        method: ``"exact"`` sorts; on an NVIDIA GPU projections in fixed point, of at least 25
+            bits, a sign and the 24 of a float32 number for the largest (54 of float64 points, 17
+            of float16 and bfloat16 ones). ``"binned"`` moves every projection to the center of
+            one of ``bins`` equal bins.
         bins: for ``binned``, 2 to 1,048,576.
         value_range: for ``binned``, (low, high) that all coordinates lie in, (0, 1) for colors.
             It saves a pass over the data. Each direction's bins then span the projection of that

@@ -1,8 +1,9 @@
 """Sliced Wasserstein by sorting on the CUDA backend: what the kernels work in, and their order.
 
 Work memory comes from torch's allocator, which keeps it for this stream. A pass takes some slots,
-pairs of a batch element and a direction, so that memory is bounded; their number follows from
-sizes, or from free memory where that is short, and changes no result.
+pairs of a batch element and a direction, so that memory is bounded. Their number follows from
+sizes, or from free memory where that is short; but for the rounding of matrix products, with points
+of more than four coordinates, it changes no result.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ KEYS_OF_A_PASS = 1 << 25
 # Slots of a pass take 7 bits of a key. The other 25 of 32 are a sign and the 24 that a float32
 # number's significand has.
 MOST_SLOTS = 128
-# A half-precision number has 11 bits at most, and a projection is a sum of few: 17 bits, sign
-# included, take three passes of 8 with those of the slots, where more would take four.
+# Points of half precision have 11 bits at most. 17, sign included, take three passes of 8 with
+# those of the slots, where more would take four.
 HALF_BITS = 17
 DOUBLE_BITS = 54
 # Passes of less work memory than this are made without asking how much is free.
@@ -64,7 +65,9 @@ class Slopes(NamedTuple):
     def in_order(self, finite: bool = False) -> Slopes:
         """In the order of the points; if ``finite``, with 0 in the place of NaN."""
         if self.bits == 0:
-            return self._replace(slopes=self.slopes.nan_to_num(nan=0.0)) if finite else self
+            if not finite:
+                return self
+            return self._replace(slopes=torch.where(self.slopes.isnan(), 0, self.slopes))
         backends.cuda_module().sliced_wasserstein_unpack(
             self.described(),
             self.slopes.shape[0],
@@ -294,7 +297,9 @@ class _Problem:
         self.batch, self.count = x.points.shape[0], len(directions)
         self.double = directions.dtype == torch.float64
         self.most = max(_count(x), _count(y))
-        self.bits = _bits(x.points.dtype if dtype is None else dtype, self.most)
+        # What was kept has full precision, as x would have beside such a y.
+        kind = x.points.dtype if dtype is None else dtype
+        self.bits = _bits(directions.dtype if isinstance(y, Kept) else kind, self.most)
         self.exponents, self.poison = self._grid()
 
     def _directions(self) -> tuple[int, int]:
@@ -378,7 +383,7 @@ class _Problem:
             levels = like.new_empty(slots, n, dtype=torch.float64)
             _sum_weights(order[0], side.weights, pass_, levels)
         if self.need[number]:
-            bits = module.sliced_wasserstein_bucket_bits(n)
+            bits = module.sliced_wasserstein_bucket_bits(n, self.double)
             # The other buffers of sorting are free again; the keys' own is, once they are used.
             slopes = Slopes(keys[1].view(like.dtype), order[1], keys[0].view(like.dtype), bits)
             if bits:
@@ -487,7 +492,8 @@ def _bits(dtype: torch.dtype, most: int) -> int:
         return DOUBLE_BITS
     if dtype != torch.float32:
         return HALF_BITS
-    return 32 - (_slots(most).bit_length() - 1)
+    # At most 31, so that the difference of two fits 32.
+    return min(31, 33 - _slots(most).bit_length())
 
 
 def _free(device: torch.device) -> int:
