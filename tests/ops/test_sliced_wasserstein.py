@@ -481,7 +481,7 @@ def test_points_outside_of_value_range_count_in_the_end_bins(
 @pytest.mark.parametrize("platform, method", cases())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["x", "y"])
-@pytest.mark.parametrize("n, d", [(20, 3), (513, 6)])
+@pytest.mark.parametrize("n, d", [(20, 3)] if INTERPRETED else [(20, 3), (513, 6)])
 def test_non_finite_coordinates_give_nan(
     n: int, d: int, platform: Platform, method: str, side: str, bad: float
 ) -> None:
