@@ -34,7 +34,7 @@ constexpr int kRangeDirections = 128;  // whose ends a block keeps at a time
 constexpr int kSolveThreads = kPart / 2;
 constexpr int kGatherThreads = 512;
 constexpr int kMostDepth = 3;  // stages of tables in shared memory, in use or on their way
-constexpr int kMostStage = 4;  // tables of a stage
+constexpr int kMostStage = 4;  // tables of a stage, gathered from without a branch in between
 constexpr int kPulls = 64;     // directions whose lines and gradients are made at a time
 // Bytes of shared memory that a block that counts has beside what is counted for it: static ones,
 // and the rounding of addresses, which a plan leaves room for.

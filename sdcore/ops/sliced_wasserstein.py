@@ -170,17 +170,20 @@ def _against_kept(
     weights_x = _normalized_weights("weights_x", weights_x, x, batch)
     x = x.reshape(-1, *x.shape[-2:])
     plain = directions.detach()
-    colors = palette.colors[None].to(plain.dtype)
     weights = None if palette.has_equal_weights else palette.weights[None]
     scale = _scale_of(reduction, directions)
+
+    def colors() -> Tensor:
+        return palette.colors[None].to(plain.dtype)
+
     if value_range is None:
-        kept = palette.kept(directions, "sorted", lambda: _sort(colors, plain, weights))
+        kept = palette.kept(directions, "sorted", lambda: _sort(colors(), plain, weights))
         need_x = torch.is_grad_enabled() and x.requires_grad
         values = _exact_to(x, *kept, plain, weights_x, p, scale, need_x)[0]
     else:
         box = tuple(value_range)
         (histogram,) = palette.kept(
-            directions, (bins, box), lambda: (_histogram(colors, plain, weights, bins, box),)
+            directions, (bins, box), lambda: (_histogram(colors(), plain, weights, bins, box),)
         )
         values = _binned_to(x, histogram, plain, weights_x, p, box, scale)[0]
     return values.reshape(*batch, -1) if scale is None else values.reshape(batch)

@@ -97,6 +97,20 @@ def sort(points: Tensor, directions: Tensor, weights: Tensor | None) -> tuple[Te
     return values, levels
 
 
+class _Call(NamedTuple):
+    """What is asked for, and where it goes."""
+
+    x: Points
+    y: Points | Kept
+    directions: Tensor
+    p: int
+    grad: Tensor | None  # [B, L] of the values; None: ones
+    scale: float
+    need: tuple[bool, bool]  # which sides' gradients
+    values: Tensor  # [B, L]
+    gradients: list[Tensor]  # of the sides, [B, n, d] where needed
+
+
 def exact(
     x: Points,
     y: Points | Kept,
@@ -108,51 +122,42 @@ def exact(
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values [B, L], and the gradients of their sum, weighted by ``grad`` [B, L] (None: by one)
-    and by ``scale``: Real [B, n, d] and [B, m, d], empty where not needed."""
+    and by ``scale``: Real [B, n, d] and [B, m, d], empty where not needed (for a kept set never).
+    """
     directions = directions.contiguous()
     grad = None if grad is None else grad.contiguous()
     x = _dense(x)
     y = y if isinstance(y, Kept) else _dense(y)
     batch, _, d = x.points.shape
     values = directions.new_empty(batch, len(directions))
-    gradients = [directions.new_empty(x.points.shape if need_x else (0,))]
-    if isinstance(y, Kept):
-        gradients.append(directions.new_empty(0))
-    else:
-        gradients.append(directions.new_empty(y.points.shape if need_y else (0,)))
+    need = need_x, need_y and isinstance(y, Points)
+    gradients = [
+        directions.new_empty(side.points.shape if needed else (0,))
+        for side, needed in zip((x, y), need, strict=True)
+    ]
     if batch:
         solve = _solve_few if d <= MOST_COORDINATES else _solve_many
-        solve(x, y, directions, p, grad, scale, (need_x, need_y), values, gradients)
+        solve(_Call(x, y, directions, p, grad, scale, need, values, gradients))
     return values, gradients[0], gradients[1]
 
 
-def _solve_few(
-    x: Points,
-    y: Points | Kept,
-    directions: Tensor,
-    p: int,
-    grad: Tensor | None,
-    scale: float,
-    need: tuple[bool, bool],
-    values: Tensor,
-    gradients: list[Tensor],
-) -> None:
-    problem = _Problem(x, y, directions, p, need)
+def _solve_few(call: _Call) -> None:
+    problem = _Problem(call.x, call.y, call.directions, call.p, call.need, call.x.points.dtype)
     for pass_ in problem.passes():
-        for side, slopes in enumerate(problem.run(pass_, values)):
+        for side, slopes in enumerate(problem.run(pass_, call.values)):
             if slopes is None:
                 continue
             module = backends.cuda_module()
-            out, weights = gradients[side], (x, y)[side].weights
+            out, weights = call.gradients[side], (call.x, call.y)[side].weights
             if not module.sliced_wasserstein_can_pull_buckets(slopes.bits):
                 slopes = slopes.in_order()
             module.sliced_wasserstein_pull(
                 slopes.described(),
-                (directions.data_ptr(), len(directions)),
+                (call.directions.data_ptr(), len(call.directions)),
                 out.shape[-1],
                 pass_,
-                address(grad),
-                scale,
+                address(call.grad),
+                call.scale,
                 address(weights),
                 out.data_ptr(),
                 out.dtype == torch.float64,
@@ -160,124 +165,90 @@ def _solve_few(
             )
 
 
-def _solve_many(
-    x: Points,
-    y: Points | Kept,
-    directions: Tensor,
-    p: int,
-    grad: Tensor | None,
-    scale: float,
-    need: tuple[bool, bool],
-    values: Tensor,
-    gradients: list[Tensor],
-) -> None:
+def _solve_many(call: _Call) -> None:
     """Points of many coordinates: matrix products project them, and pull slopes back. In between,
     each slot of a pass is a batch element with points on a line."""
-    solve = _solve_lines
-    if isinstance(y, Points) and _is_small(x, y, directions, need):
-        solve = _solve_small
-    solve(x, y, directions, p, grad, scale, need, values, gradients)
-    for side, gradient in zip((x, y), gradients, strict=True):
+    if _is_small(call):
+        _solve_small(call)
+    else:
+        _solve_lines(call)
+    for side, gradient in zip((call.x, call.y), call.gradients, strict=True):
         if gradient.numel() and side.weights is not None:
             gradient *= side.weights[..., None]
 
 
-def _solve_lines(
-    x: Points,
-    y: Points | Kept,
-    directions: Tensor,
-    p: int,
-    grad: Tensor | None,
-    scale: float,
-    need: tuple[bool, bool],
-    values: Tensor,
-    gradients: list[Tensor],
-) -> None:
+def _solve_lines(call: _Call) -> None:
     """Values, and the gradients but for the weights."""
-    batch, count = values.shape
-    one = directions.new_ones(1, 1)
-    for first, slots in _passes(batch * count, _slots(max(_count(x), _count(y)))):
-        here = torch.arange(first, first + slots, device=values.device)
-        lines = []
-        for side in (x, y):
-            if isinstance(side, Kept):
-                row = here % count if side.values.shape[0] == 1 else here
-                levels = side.levels
-                if levels.numel():
-                    levels = levels.flatten(0, 1)[row][:, None]
-                lines.append(Kept(side.values.flatten(0, 1)[row][:, None], levels))
-                continue
-            rows = _rows(side.points, directions, first, slots)[..., None]
-            weights = None if side.weights is None else side.weights[here // count]
-            lines.append(Points(rows, weights))
-        problem = _Problem(lines[0], lines[1], one, p, need, x.points.dtype)
-        found = values.new_empty(slots)
+    batch, count = call.values.shape
+    one = call.directions.new_ones(1, 1)
+    most = max(_count(call.x), _count(call.y))
+    for first, slots in _passes(batch * count, _slots(most)):
+        lines = [_lines(side, call.directions, first, slots) for side in (call.x, call.y)]
+        problem = _Problem(*lines, one, call.p, call.need, call.x.points.dtype)
+        found = call.values.view(-1)[first : first + slots]
         for side, slopes in enumerate(problem.run((0, slots, 1), found)):
             if slopes is not None:
-                mass = scale if lines[side].weights is not None else scale / _count(lines[side])
-                dense = slopes.in_order(finite=True).slopes
-                _pull_many(dense, found, directions, first, grad, mass, gradients[side])
-        values.view(-1)[first : first + slots] = found
+                mass = 1.0 if lines[side].weights is not None else 1 / _count(lines[side])
+                _pull_many(call, side, slopes.in_order(finite=True).slopes, first, mass)
 
 
-def _is_small(x: Points, y: Points, directions: Tensor, need: tuple[bool, bool]) -> bool:
+def _lines(side: Points | Kept, directions: Tensor, first: int, slots: int) -> Points | Kept:
+    """A pass's slots, each as a batch element of one direction."""
+    count, here = len(directions), torch.arange(first, first + slots, device=directions.device)
+    if isinstance(side, Points):
+        rows = _rows(side.points, directions, first, slots)[..., None]
+        return Points(rows, None if side.weights is None else side.weights[here // count])
+    row = here % count if side.values.shape[0] == 1 else here
+    levels = side.levels.flatten(0, 1)[row][:, None] if side.levels.numel() else side.levels
+    return Kept(side.values.flatten(0, 1)[row][:, None], levels)
+
+
+def _is_small(call: _Call) -> bool:
     """Whether one block of threads solves a slot: csrc/cuda/sliced_wasserstein_small.cu."""
-    most = backends.cuda_module().sliced_wasserstein_most_small_points(directions.device.index)
-    equal = x.weights is None and y.weights is None and _count(x) == _count(y)
-    return equal and _count(x) <= most and not need[1] and directions.dtype == torch.float32
+    x, y = call.x, call.y
+    if isinstance(y, Kept) or x.weights is not None or y.weights is not None or call.need[1]:
+        return False
+    device = call.directions.device.index
+    most = backends.cuda_module().sliced_wasserstein_most_small_points(device)
+    return _count(x) == _count(y) <= most and call.directions.dtype == torch.float32
 
 
-def _solve_small(
-    x: Points,
-    y: Points,
-    directions: Tensor,
-    p: int,
-    grad: Tensor | None,
-    scale: float,
-    need: tuple[bool, bool],
-    values: Tensor,
-    gradients: list[Tensor],
-) -> None:
-    n = _count(x)
-    for first, slots in _passes(values.numel(), max(1, KEYS_OF_A_PASS // n)):
-        rows = [_rows(side.points, directions, first, slots) for side in (x, y)]
-        slopes = torch.empty_like(rows[0]) if need[0] else None
-        found = values.view(-1)[first : first + slots]
+def _solve_small(call: _Call) -> None:
+    n = _count(call.x)
+    for first, slots in _passes(call.values.numel(), max(1, KEYS_OF_A_PASS // n)):
+        rows = [_rows(side.points, call.directions, first, slots) for side in (call.x, call.y)]
+        slopes = torch.empty_like(rows[0]) if call.need[0] else None
+        found = call.values.view(-1)[first : first + slots]
         backends.cuda_module().sliced_wasserstein_small(
             rows[0].data_ptr(),
             rows[1].data_ptr(),
             slots,
             n,
-            p,
+            call.p,
             found.data_ptr(),
             address(slopes),
-            place(values),
+            place(found),
         )
         if slopes is not None:
-            _pull_many(slopes, found, directions, first, grad, scale / n, gradients[0])
+            _pull_many(call, 0, slopes, first, 1 / n)
 
 
-def _pull_many(
-    slopes: Tensor,
-    values: Tensor,
-    directions: Tensor,
-    first: int,
-    grad: Tensor | None,
-    mass: float,
-    out: Tensor,
-) -> None:
+def _pull_many(call: _Call, side: int, slopes: Tensor, first: int, mass: float) -> None:
     """From slopes [slots, n] of a pass to the gradient [B, n, d], to which all passes add.
 
     A NaN among the values goes to the gradient by the directions: among the slopes it would lie
     beside those of other batch elements, and a product need not keep to its own rows.
     """
+    values, out = call.values.view(-1)[first : first + len(slopes)], call.gradients[side]
     poison = torch.where(values.isnan(), values, 0)[:, None]
-    for b, rows, some in _batches(first, len(slopes), len(directions)):
-        theta = directions[some] + poison[rows]
-        if grad is not None:
-            theta = theta * grad[b, some, None]
+    for b, rows, some in _batches(first, len(slopes), len(call.directions)):
+        theta = call.directions[some] + poison[rows]
+        if call.grad is not None:
+            theta = theta * call.grad[b, some, None]
         with torch.autocast("cuda", enabled=False):
-            out[b].addmm_(slopes[rows].mT, theta, beta=float(some.start > 0), alpha=mass)
+            out[b].addmm_(
+                slopes[rows].mT, theta, beta=float(some.start > 0), alpha=call.scale * mass
+            )
 
 
 class _Problem:
@@ -290,16 +261,15 @@ class _Problem:
         directions: Tensor,
         p: int,
         need: tuple[bool, bool],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
-        """``dtype``: whose precision the projections have; None: that of the points."""
+        """``dtype``: whose precision the projections have."""
         self.sides, self.directions, self.p, self.need = (x, y), directions, p, need
         self.batch, self.count = x.points.shape[0], len(directions)
         self.double = directions.dtype == torch.float64
         self.most = max(_count(x), _count(y))
         # What was kept has full precision, as x would have beside such a y.
-        kind = x.points.dtype if dtype is None else dtype
-        self.bits = _bits(directions.dtype if isinstance(y, Kept) else kind, self.most)
+        self.bits = _bits(directions.dtype if isinstance(y, Kept) else dtype, self.most)
         self.exponents, self.poison = self._grid()
 
     def _directions(self) -> tuple[int, int]:
