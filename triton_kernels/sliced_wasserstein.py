@@ -48,7 +48,7 @@ SHARED_HISTOGRAM_REGISTERS = 64
 SHARED_HISTOGRAM_REGISTERS_WEIGHTED = 80
 SHARED_HISTOGRAM_DIRECTIONS = 3
 # A program that fetches slopes from shared memory, where so many tables lie at most: one in use,
-# the others on their way: 47.8 µs on an H200. With 16 points a thread it is 40.7, and registers spill.
+# the others on their way: 47.8 µs on an H200. With 16 points a thread 40.7, and registers spill.
 SHARED_BACKWARD_POINTS = 4096
 SHARED_BACKWARD_WARPS = 16
 SHARED_BACKWARD_TABLES = 3
