@@ -18,6 +18,8 @@ namespace {
 // Points of one block are loaded, widened and made planar once for a group of directions; their
 // histograms of 4096 bins then fit an L2 cache of 1 MiB.
 constexpr int64_t kGroup = 32;
+// EDGE_ROUNDINGS of sdcore/ops/sliced_wasserstein.py.
+constexpr double kEdgeRoundings = 8;
 // Projections are computed a tile at a time: four vectors of accumulators stay in registers.
 constexpr int kVectors = 4;
 template <typename Real>
@@ -60,8 +62,12 @@ template <typename Real>
 struct Bins {
   Real low, scale, last;
 
+  // Bins begin a few roundings lower, so that what lies on an edge counts in the bin above.
   Bins(Real low, Real high, int64_t bins)
-      : low(low), scale(high > low ? bins / (high - low) : 0), last(bins - 1) {}
+      : low(low - static_cast<Real>(kEdgeRoundings) * std::numeric_limits<Real>::epsilon() *
+                      (high - low)),
+        scale(high > low ? bins / (high - low) : 0),
+        last(bins - 1) {}
 };
 
 // Hot loops. Each is written once, for all dimensions and both types, and inlined into one

@@ -16,6 +16,9 @@ namespace sdcore {
 // Weights are added in fixed point, in any order: one over the unit.
 constexpr double kWeightUnit = 0x1p62;
 
+// EDGE_ROUNDINGS of sdcore/ops/sliced_wasserstein.py.
+constexpr double kEdgeRoundings = 8;
+
 // Points of more coordinates are projected by the caller, one direction to a batch element.
 constexpr int kMostCoordinates = 4;
 

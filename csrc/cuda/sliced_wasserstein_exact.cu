@@ -1,9 +1,11 @@
 #include "sliced_wasserstein_exact.h"
 
+#include <algorithm>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <type_traits>
 
+#include "fixed.cuh"
 #include "launch.cuh"
 #include "ordered.cuh"
 #include "points.cuh"
@@ -14,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kKeysPoints = 8;     // of a thread, in registers while the directions come by
-constexpr int kTransportThreads = 512;
+constexpr int kTransportThreads = 256;
+constexpr int kTransportBlocks = 4;  // of a multiprocessor, which wait at different times
 // Sorted points of a block: many, so that those of a bucket make runs worth writing, and few enough
 // of each thread that all their loads can be on their way together.
 template <typename Real>
@@ -33,47 +36,10 @@ constexpr int kPrefixChunk = kThreads * kPrefixEach;
 
 using Mass = unsigned long long;
 
-// Keys and fixed-point numbers of the points' arithmetic.
-template <typename Real>
-struct Fixed;
-template <>
-struct Fixed<float> {
-  using Key = uint32_t;
-  using Code = int32_t;
-  static constexpr int most = 126;  // an exponent whose power of two is a normal number
-  static __device__ __forceinline__ Code floor(float x) { return __float2int_rd(x); }
-  static __device__ __forceinline__ float power(int e) {
-    return __int_as_float((e + 127) << 23);
-  }
-};
-template <>
-struct Fixed<double> {
-  using Key = unsigned long long;
-  using Code = long long;
-  static constexpr int most = 1022;
-  static __device__ __forceinline__ Code floor(double x) { return __double2ll_rd(x); }
-  static __device__ __forceinline__ double power(int e) {
-    return __longlong_as_double(static_cast<long long>(e + 1023) << 52);
-  }
-};
-template <typename Real>
-using Key = typename Fixed<Real>::Key;
-template <typename Real>
-using Code = typename Fixed<Real>::Code;
-
-// To whole multiples of 2^exponent. Two factors, for one may be out of range where the numbers are
-// tiny; products are exact, unless they are far below the grid.
-template <typename Real>
-struct Quantizer {
-  Real first, second;
-  __device__ explicit Quantizer(int exponent) {
-    const int up = min(-exponent, Fixed<Real>::most);
-    first = Fixed<Real>::power(max(up, -Fixed<Real>::most));
-    second = Fixed<Real>::power(min(-exponent - up, Fixed<Real>::most));
-  }
-  // For finite x alone.
-  __device__ Code<Real> operator()(Real x) const { return Fixed<Real>::floor(x * first * second); }
-};
+__device__ __forceinline__ float real_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ double real_of(unsigned long long bits) {
+  return __longlong_as_double(static_cast<long long>(bits));
+}
 
 template <typename Real>
 __global__ void grid_kernel(GridArguments work) {
@@ -94,11 +60,7 @@ __global__ void grid_kernel(GridArguments work) {
   for (int side = 0; side < 2; ++side) {
     if (work.weights[side]) bad |= isnan(work.weights[side][b * work.count[side]]);
   }
-  // Finite numbers beside an infinite one fit too: keys must not leave their row.
-  constexpr int widest = sizeof(Real) == 4 ? 127 : 1023;
-  int exponent = 0;
-  if (largest > 0) exponent = (isinf(largest) ? widest : ilogb(largest)) + 2 - work.bits;
-  work.exponents[slot] = exponent;
+  work.exponents[slot] = grid_exponent(largest, work.bits);
   work.poison[slot] = bad;
 }
 
@@ -264,59 +226,44 @@ __global__ void finish_levels_kernel(const double* weights, int64_t count, Pass 
   levels[row * count + count - 1] = isnan(weights[b * count]) ? NAN : 1;
 }
 
+// How the mass of both sides is spread: as many points of equal weight, so that i meets i; points of
+// equal weight; by weights.
+enum class Spread { alike, equal, weighted };
+
 // One side of one slot. Levels, where mass begins and ends, are doubles up to 1 if either side has
 // weights; else whole numbers up to n m, the points of a side being as wide as the other has
 // points.
 template <typename Real, bool Weighted>
 struct View {
   using Level = std::conditional_t<Weighted, double, int64_t>;
-  const Key<Real>* keys;
-  const Real* values;
+  const Key<Real>* sorted;  // keys; of a kept set the values, as bits
   const double* levels;
   const double* moments;
   uint32_t count;
-  Key<Real> mask;
-  Code<Real> half;
+  bool kept;
+  int bits;
   Quantizer<Real> quantize;
   int64_t wide;  // a point's width, in whole numbers
 
   __device__ View(const SortedSide& side, const TransportArguments& work, int64_t row, int64_t wide)
-      : quantize(work.exponents[work.pass.first + row]), wide(wide) {
+      : kept(!side.keys),
+        bits(work.bits),
+        quantize(work.exponents[work.pass.first + row]),
+        wide(wide) {
     const int64_t slot = work.pass.first + row, n = side.count;
-    const int64_t at = (side.kept.one ? slot % work.pass.directions : slot) * n;
-    keys = side.keys ? static_cast<const Key<Real>*>(side.keys) + row * n : nullptr;
-    values = static_cast<const Real*>(side.kept.values) + at;
-    levels = side.kept.levels ? side.kept.levels + (keys ? row * n : at) : nullptr;
+    const int64_t at = kept ? (side.kept.one ? slot % work.pass.directions : slot) * n : row * n;
+    sorted = static_cast<const Key<Real>*>(kept ? side.kept.values : side.keys) + at;
+    levels = side.kept.levels ? side.kept.levels + at : nullptr;
     moments = side.moments ? side.moments + row * n : nullptr;
     count = static_cast<uint32_t>(n);
-    mask = (Key<Real>(1) << work.bits) - 1;
-    half = Code<Real>(1) << (work.bits - 1);
   }
-  __device__ Code<Real> code(uint32_t i) const {
-    if (keys) return static_cast<Code<Real>>(keys[i] & mask) - half;
-    return quantize(values[i]);
+  __device__ Code<Real> code_of(Key<Real> bits_of) const {
+    if (kept) return quantize(real_of(bits_of));
+    const Key<Real> one = 1;
+    return static_cast<Code<Real>>(bits_of & ((one << bits) - 1)) -
+           static_cast<Code<Real>>(one << (bits - 1));
   }
-  // A tile's codes, of `points` from point `first` on; beyond, the last again. All loads are on
-  // their way before the first is used.
-  template <int Each>
-  __device__ void load(uint32_t first, int points, Code<Real> (&out)[Each]) const {
-    const auto at = [&](int k) {
-      return first + min(k * kTransportThreads + static_cast<int>(threadIdx.x), points - 1);
-    };
-    if (keys) {
-      Key<Real> key[Each];
-#pragma unroll
-      for (int k = 0; k < Each; ++k) key[k] = keys[at(k)];
-#pragma unroll
-      for (int k = 0; k < Each; ++k) out[k] = static_cast<Code<Real>>(key[k] & mask) - half;
-    } else {
-      Real value[Each];
-#pragma unroll
-      for (int k = 0; k < Each; ++k) value[k] = values[at(k)];
-#pragma unroll
-      for (int k = 0; k < Each; ++k) out[k] = quantize(value[k]);
-    }
-  }
+  __device__ Code<Real> code(uint32_t i) const { return code_of(sorted[i]); }
   // Where the mass of point i begins; of `count`, the end of all.
   __device__ Level begin(uint32_t i) const {
     if constexpr (Weighted) {
@@ -359,14 +306,14 @@ struct Bracket {
   uint32_t low, high;
 };
 
-template <typename Real, bool Weighted>
+template <typename Real, Spread kSpread>
 struct Problem {
-  using Side = View<Real, Weighted>;
+  using Side = View<Real, kSpread == Spread::weighted>;
   using Level = typename Side::Level;
+  static constexpr bool alike = kSpread == Spread::alike;
   const Side &mine, &other;
   int p;
   bool first;  // of pieces that begin where points of both sides do, this side has them
-  bool alike;  // both sides have as many points of equal weight: i meets i
 
   // The cost of the piece of mass that begins where point i does, in point j of the other side, and
   // ends with i or j.
@@ -497,65 +444,79 @@ struct Heads {
   }
 };
 
-// Slopes of a tile, of points with these numbers, to the buckets.
+// A tile's slopes on their way to the buckets of their points: in shared memory they are brought
+// together by bucket, and each run goes where the bucket's cursor was.
+template <int Each>
 struct Staging {
-  uint32_t count[kMostBuckets];   // of the tile's points, by bucket
-  uint32_t before[kMostBuckets];  // in the tile, those of earlier buckets
-  uint32_t target[kMostBuckets];  // where in its bucket a run goes, less `before`
-};
-
-template <typename Real, int Each>
-__device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint32_t* number,
-                                 const Real (&slope)[Each], int points, Staging& staging,
-                                 uint32_t* numbers, Real* slopes) {
+  static constexpr int some = kMostBuckets / kTransportThreads;
   using Scan = cub::BlockScan<uint32_t, kTransportThreads>;
-  __shared__ typename Scan::TempStorage scratch;
-  constexpr int some = kMostBuckets / kTransportThreads;
-  const int64_t n = side.count;
-  const int bits = side.bucket_bits;
-  const uint32_t buckets = static_cast<uint32_t>(((n - 1) >> bits) + 1);
-  uint32_t rank[Each];
-  for (uint32_t i = threadIdx.x; i < buckets; i += kTransportThreads) staging.count[i] = 0;
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
-    if (e < points) rank[k] = atomicAdd(&staging.count[number[e] >> bits], 1u);
+  uint32_t buckets;
+  // In shared memory. Of the tile's points by bucket, how many; then how many are in those before.
+  uint32_t* count;
+  uint32_t* target;  // where in its bucket a run goes, less what is before it
+
+  // Of a thread's buckets.
+  struct Claim {
+    uint32_t before[some], taken[some];
+  };
+
+  __device__ void clear() {
+    for (uint32_t i = threadIdx.x; i < buckets; i += kTransportThreads) count[i] = 0;
   }
-  __syncthreads();
-  uint32_t mine[some], sums[some], taken[some];
+  // Behind a barrier: each point's place among those of its bucket, in any order.
+  __device__ void rank(const uint32_t* number, int points, int bits, uint32_t (&out)[Each]) {
 #pragma unroll
-  for (int j = 0; j < some; ++j) {
-    const uint32_t i = threadIdx.x * some + j;
-    mine[j] = i < buckets ? staging.count[i] : 0;
-    // What comes back is used last: it takes long.
-    taken[j] = mine[j] ? atomicAdd(side.cursors + row * buckets + i, mine[j]) : 0;
-  }
-  Scan(scratch).ExclusiveSum(mine, sums);
-#pragma unroll
-  for (int j = 0; j < some; ++j) {
-    const uint32_t i = threadIdx.x * some + j;
-    if (i < buckets) staging.before[i] = sums[j];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
-    if (e < points) {
-      const uint32_t to = staging.before[number[e] >> bits] + rank[k];
-      numbers[to] = number[e];
-      slopes[to] = slope[k];
+    for (int k = 0; k < Each; ++k) {
+      const int e = k * kTransportThreads + threadIdx.x;
+      if (e < points) out[k] = atomicAdd(&count[number[e] >> bits], 1u);
     }
   }
+  // Behind another.
+  __device__ Claim claim(uint32_t* cursors) {
+    __shared__ typename Scan::TempStorage scratch;
+    Claim claim;
+    uint32_t mine[some];
 #pragma unroll
-  for (int j = 0; j < some; ++j) {
-    const uint32_t i = threadIdx.x * some + j;
-    if (i < buckets) staging.target[i] = taken[j] - sums[j];
+    for (int j = 0; j < some; ++j) {
+      const uint32_t i = threadIdx.x * some + j;
+      mine[j] = i < buckets ? count[i] : 0;
+      claim.taken[j] = mine[j] ? atomicAdd(cursors + i, mine[j]) : 0;
+    }
+    Scan(scratch).ExclusiveSum(mine, claim.before);
+#pragma unroll
+    for (int j = 0; j < some; ++j) {
+      const uint32_t i = threadIdx.x * some + j;
+      if (i < buckets) count[i] = claim.before[j];
+    }
+    return claim;
   }
-  __syncthreads();
-  Real* out = static_cast<Real*>(side.slopes) + row * n;
-  uint16_t* places = side.places + row * n;
-  for (int e = threadIdx.x; e < points; e += kTransportThreads) {
+  // What cursors had takes long to come: it is put down late.
+  __device__ void settle(const Claim& claim) {
+#pragma unroll
+    for (int j = 0; j < some; ++j) {
+      const uint32_t i = threadIdx.x * some + j;
+      if (i < buckets) target[i] = claim.taken[j] - claim.before[j];
+    }
+  }
+};
+
+template <typename Real>
+__device__ __forceinline__ double gap_cost(Code<Real> gap, int p) {
+  const double d = fabs(static_cast<double>(gap));
+  return p == 1 ? d : d * d;
+}
+
+// Runs of slopes, in shared memory with the numbers of their points, to memory.
+template <typename Real, int Each>
+__device__ void write_runs(const SortedSide& side, int64_t row, const Staging<Each>& staging,
+                           const uint32_t* numbers, const Real* slopes, int points) {
+  const int bits = side.bucket_bits;
+  Real* out = static_cast<Real*>(side.slopes) + row * side.count;
+  uint16_t* places = side.places + row * side.count;
+#pragma unroll
+  for (int k = 0; k < Each; ++k) {
+    const int e = k * kTransportThreads + threadIdx.x;
+    if (e >= points) break;
     const uint32_t point = numbers[e], bucket = point >> bits;
     const uint32_t in_bucket = staging.target[bucket] + static_cast<uint32_t>(e);
     const int64_t to = (static_cast<int64_t>(bucket) << bits) + in_bucket;
@@ -564,22 +525,21 @@ __device__ void write_to_buckets(const SortedSide& side, int64_t row, const uint
   }
 }
 
-template <typename Real, bool Weighted>
-__global__ void __launch_bounds__(kTransportThreads, 2)
+template <typename Real, Spread kSpread>
+__global__ void __launch_bounds__(kTransportThreads, kTransportBlocks)
     transport_kernel(const __grid_constant__ TransportArguments work, int64_t tiles_x,
                      int64_t tiles_y) {
-  using Side = View<Real, Weighted>;
-  using Reduce = cub::BlockReduce<double, kTransportThreads>;
+  constexpr bool alike = kSpread == Spread::alike;
+  using Side = View<Real, kSpread == Spread::weighted>;
   constexpr int size = kTransportTile<Real>, each = size / kTransportThreads;
   extern __shared__ __align__(16) unsigned char dynamic[];
   Code<Real>* codes = reinterpret_cast<Code<Real>*>(dynamic);
   Real* slopes = reinterpret_cast<Real*>(codes + size);
   uint32_t* number = reinterpret_cast<uint32_t*>(slopes + size);
-  __shared__ typename Reduce::TempStorage scratch;
   __shared__ Heads<size / 32> heads;
-  __shared__ Staging staging;
   __shared__ Bracket bracket;
   __shared__ uint32_t tile_from, tile_to;  // the ends of the first and the last group
+  __shared__ double costs[kTransportThreads / 32];
 
   const int64_t tiles = tiles_x + tiles_y, row = blockIdx.x / tiles;
   int64_t tile = blockIdx.x % tiles;
@@ -588,43 +548,61 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
   const SortedSide &side = first ? work.x : work.y, &partners = first ? work.y : work.x;
   const Side mine(side, work, row, partners.count), other(partners, work, row, side.count);
   const bool bad = work.poison[work.pass.first + row] != 0;
-  const bool alike = !Weighted && mine.count == other.count;
-  const Problem<Real, Weighted> problem{mine, other, work.p, first, alike};
+  const Problem<Real, kSpread> problem{mine, other, work.p, first};
   const uint32_t begin = static_cast<uint32_t>(tile * size);
   const int points = static_cast<int>(min(static_cast<int64_t>(size), side.count - tile * size));
   const bool wanted = side.slopes != nullptr;
+  const int bits = side.bucket_bits;  // 0: too many points for buckets
+  const uint32_t buckets = bits ? ((mine.count - 1) >> bits) + 1 : 0;
+  Staging<each> staging{buckets, number + size, number + size + buckets};
 
-  Code<Real> code[each], partner[each];
-  mine.load(begin, points, code);
-  if (alike) other.load(begin, points, partner);
+  // All that a tile reads is on its way before the first is used.
+  const auto at = [&](int k) { return k * kTransportThreads + static_cast<int>(threadIdx.x); };
+  Key<Real> key[each], met[each];
+  uint32_t found[each];
+#pragma unroll
+  for (int k = 0; k < each; ++k) key[k] = mine.sorted[begin + min(at(k), points - 1)];
+  if (alike) {
+#pragma unroll
+    for (int k = 0; k < each; ++k) met[k] = other.sorted[begin + min(at(k), points - 1)];
+  }
   if (wanted) {
     const uint32_t* from = side.number + row * side.count + begin;
-    uint32_t found[each];
 #pragma unroll
-    for (int k = 0; k < each; ++k) {
-      found[k] = from[min(k * kTransportThreads + static_cast<int>(threadIdx.x), points - 1)];
-    }
-#pragma unroll
-    for (int k = 0; k < each; ++k) number[k * kTransportThreads + threadIdx.x] = found[k];
+    for (int k = 0; k < each; ++k) found[k] = from[min(at(k), points - 1)];
   }
-#pragma unroll
-  for (int k = 0; k < each; ++k) codes[k * kTransportThreads + threadIdx.x] = code[k];
-  // On their way with the others.
   Code<Real> next_code = 0, previous_code = 0;
   if (wanted && threadIdx.x == 96 && begin + points < mine.count) {
     next_code = mine.code(begin + points);
   }
   if (wanted && threadIdx.x == 0 && begin > 0) previous_code = mine.code(begin - 1);
   if (threadIdx.x == 0) bracket = {0, other.count - 1};
+  if (wanted) staging.clear();
+  double cost = 0;
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    const Code<Real> code = mine.code_of(key[k]);
+    codes[at(k)] = code;
+    if (alike) {
+      const Code<Real> gap = code - other.code_of(met[k]);
+      if (at(k) < points) cost += gap_cost<Real>(gap, work.p);
+      // That of a point that ties with no other.
+      slopes[at(k)] = static_cast<Real>(work.p == 1 ? (gap > 0) - (gap < 0)
+                                                    : 2 * static_cast<double>(gap));
+    }
+    if (wanted) number[at(k)] = found[k];
+  }
   __syncthreads();
-  if (Weighted && other.levels) {
+
+  if (kSpread == Spread::weighted && other.levels) {
     if (threadIdx.x == 0) bracket.low = other.at(mine.begin(begin), 0, other.count - 1);
     if (threadIdx.x == 32) bracket.high = other.at(mine.begin(begin + points), 0, other.count - 1);
   }
+  uint32_t rank[each];
   if (wanted) {
 #pragma unroll
     for (int k = 0; k < each; ++k) {
-      const int e = k * kTransportThreads + threadIdx.x;
+      const int e = at(k);
       bool head = false;
       if (e < points) {
         head = e > 0 ? codes[e] != codes[e - 1] : begin == 0 || previous_code != codes[0];
@@ -632,7 +610,23 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
       const uint32_t word = __ballot_sync(0xffffffffu, head);
       if (threadIdx.x % 32 == 0) heads.word[e / 32] = word;
     }
-    __syncthreads();
+    if (bits) staging.rank(number, points, bits, rank);
+  }
+  __syncthreads();
+
+  if (alike) {
+    cost = first ? cost * static_cast<double>(mine.wide) : 0;
+  } else {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < points; e += kTransportThreads) {
+      const uint32_t i = begin + e;
+      cost += problem.piece(codes[e], i, other.at(mine.begin(i), bracket.low, bracket.high));
+    }
+  }
+  for (int step = 16; step > 0; step /= 2) cost += __shfl_down_sync(0xffffffffu, cost, step);
+  if (threadIdx.x % 32 == 0) costs[threadIdx.x / 32] = cost;
+  typename Staging<each>::Claim claim;
+  if (wanted) {
     if (threadIdx.x < 32) heads.find_last();
     if (threadIdx.x / 32 == 1) heads.find_next();
     if (threadIdx.x == 64) {
@@ -649,34 +643,14 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
         tile_to = first_where(tile_to, mine.count, [&](uint32_t k) { return mine.code(k) != v; });
       }
     }
+    if (bits) claim = staging.claim(side.cursors + row * buckets);
   }
   __syncthreads();
-
-  double cost = 0;
-  if (alike) {
-    unsigned long long gaps = 0;
-#pragma unroll
-    for (int k = 0; k < each; ++k) {
-      const int e = k * kTransportThreads + threadIdx.x;
-      const Code<Real> gap = code[k] - partner[k];
-      if (work.p == 1) {
-        if (e < points) gaps += gap < 0 ? -gap : gap;
-        slopes[e] = static_cast<Real>((gap > 0) - (gap < 0));
-      } else {
-        if (e < points) cost += static_cast<double>(gap) * static_cast<double>(gap);
-        slopes[e] = static_cast<Real>(2 * static_cast<double>(gap));
-      }
-    }
-    cost = first ? (cost + static_cast<double>(gaps)) * static_cast<double>(mine.wide) : 0;
-  } else {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < points; e += kTransportThreads) {
-      const uint32_t i = begin + e;
-      cost += problem.piece(codes[e], i, other.at(mine.begin(i), bracket.low, bracket.high));
-    }
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (double part : costs) sum += part;
+    work.costs[blockIdx.x] = bad ? NAN : sum;
   }
-  const double sum = Reduce(scratch).Sum(cost);
-  if (threadIdx.x == 0) work.costs[blockIdx.x] = bad ? NAN : sum;
   if (!wanted) return;
 
   // The first of each group of ties, in this tile, finds the slope of all; of points that meet one
@@ -687,39 +661,48 @@ __global__ void __launch_bounds__(kTransportThreads, 2)
   unsigned leads = 0;
 #pragma unroll
   for (int k = 0; k < each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
+    const int e = at(k);
     if (e < points && !is_known(e) && (e == 0 || heads.is_head(e))) leads |= 1u << k;
   }
   for (; leads; leads &= leads - 1) {
-    const int e = (__ffs(leads) - 1) * kTransportThreads + threadIdx.x;
+    const int e = at(__ffs(leads) - 1);
     const int next = heads.after(e);
     const uint32_t from = e == 0 ? tile_from : begin + e;
     const uint32_t to = next < 0 ? tile_to : begin + next;
     slopes[e] = static_cast<Real>(problem.slope(codes[e], from, to, bracket, begin));
   }
+  if (bits) staging.settle(claim);
   __syncthreads();
   const Real unit = work.p == 1 ? Real(1)
                                 : static_cast<Real>(ldexp(1.0, work.exponents[work.pass.first + row]));
   Real slope[each];
 #pragma unroll
   for (int k = 0; k < each; ++k) {
-    const int e = k * kTransportThreads + threadIdx.x;
+    const int e = at(k);
     if (e >= points) break;
-    const Real found = slopes[is_known(e) ? e : max(0, heads.at_or_before(e))];
-    slope[k] = bad ? static_cast<Real>(NAN) : found * unit;
+    const Real known = slopes[is_known(e) ? e : max(0, heads.at_or_before(e))];
+    slope[k] = bad ? static_cast<Real>(NAN) : known * unit;
   }
-  if (side.bucket_bits == 0) {  // too many points for buckets
+  if (!bits) {
     Real* out = static_cast<Real*>(side.slopes) + row * side.count;
 #pragma unroll
     for (int k = 0; k < each; ++k) {
-      const int e = k * kTransportThreads + threadIdx.x;
-      if (e < points) out[number[e]] = slope[k];
+      if (at(k) < points) out[number[at(k)]] = slope[k];
     }
     return;
   }
   __syncthreads();
   uint32_t* numbers = reinterpret_cast<uint32_t*>(codes);  // which are done with
-  write_to_buckets<Real, each>(side, row, number, slope, points, staging, numbers, slopes);
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    if (at(k) < points) {
+      const uint32_t point = number[at(k)], to = staging.count[point >> bits] + rank[k];
+      numbers[to] = point;
+      slopes[to] = slope[k];
+    }
+  }
+  __syncthreads();
+  write_runs<Real, each>(side, row, staging, numbers, slopes, points);
 }
 
 // Adds up what blocks found, in one order.
@@ -968,8 +951,9 @@ int bucket_bits(int64_t count, bool is_double) {
 void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
   const DeviceGuard guard(place.device);
   const cudaStream_t stream = stream_of(place);
-  const auto launch = [&](auto zero, auto weighted) {
+  const auto launch = [&](auto zero, auto spread) {
     using Real = decltype(zero);
+    constexpr bool weighted = spread == Spread::weighted;
     const auto moments = [&](const SortedSide& side, int64_t wide) {
       prefix(MomentSource<Real, weighted>{side, a, wide}, side.moments, a.pass.slots, side.count,
              a.totals, stream);
@@ -978,12 +962,16 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
     if (a.y.moments) moments(a.y, a.x.count);
     const int64_t n = a.x.count, m = a.y.count;
     // Where the points of both sides meet one to one, all pieces begin with a point of x.
-    const bool both = weighted || n != m || a.y.slopes;
+    const bool both = spread != Spread::alike || a.y.slopes;
     constexpr int64_t tile = kTransportTile<Real>;
     const int64_t tiles_x = ceil_div(n, tile), tiles_y = both ? ceil_div(m, tile) : 0;
     const unsigned blocks = grid(a.pass.slots * (tiles_x + tiles_y));
-    const int64_t bytes = tile * (sizeof(Code<Real>) + sizeof(Real) + sizeof(uint32_t));
-    auto* kernel = transport_kernel<Real, weighted>;
+    const auto buckets = [](const SortedSide& side) {
+      return side.bucket_bits ? ceil_div(side.count, int64_t(1) << side.bucket_bits) : 0;
+    };
+    const int64_t words = tile + 2 * std::max(buckets(a.x), buckets(a.y));
+    const int64_t bytes = tile * (sizeof(Code<Real>) + sizeof(Real)) + words * sizeof(uint32_t);
+    auto* kernel = transport_kernel<Real, spread>;
     allow_shared_memory(kernel, bytes);
     kernel<<<blocks, kTransportThreads, bytes, stream>>>(a, tiles_x, tiles_y);
     check(cudaGetLastError(), "the launch of transport_kernel");
@@ -994,9 +982,11 @@ void sliced_wasserstein_transport(const TransportArguments& a, Place place) {
   };
   with_real(a.is_double, [&](auto zero) {
     if (a.x.kept.levels || a.y.kept.levels) {
-      launch(zero, std::true_type());
+      launch(zero, std::integral_constant<Spread, Spread::weighted>());
+    } else if (a.x.count != a.y.count) {
+      launch(zero, std::integral_constant<Spread, Spread::equal>());
     } else {
-      launch(zero, std::false_type());
+      launch(zero, std::integral_constant<Spread, Spread::alike>());
     }
   });
 }

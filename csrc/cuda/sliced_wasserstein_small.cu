@@ -1,11 +1,11 @@
 // Sorting sets that fit one block's shared memory: a launch where the general way takes some ten, and
 // no pass over memory. Of sets with as many points of equal weight, i meets i.
-#include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
 
 #include "chip.h"
+#include "fixed.cuh"
 #include "launch.cuh"
-#include "ordered.cuh"
 #include "search.cuh"
 #include "sliced_wasserstein_exact.h"
 
@@ -13,27 +13,126 @@ namespace sdcore {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kMostEach = 32;
-// Of a digit. Per pass each number is ranked and moved, which 5 bits do in 7 passes.
-constexpr int kDigit = 5;
+constexpr int kFewEach = 8, kMostEach = 32;  // points of a thread
+// Of a projection in fixed point, and of a digit: three passes.
+constexpr int kBits = 27, kDigit = 9;
+constexpr int kWarps = kThreads / 32;
+constexpr int kAhead = 4;  // keys whose digits are looked at before others are ranked
+static_assert(1 << kDigit == kThreads, "a thread for each digit");
+
+// Ranks of a block's keys by one digit, equal ones in the order of their places.
+struct Ranking {
+  using Scan = cub::BlockScan<int, kThreads>;
+  typename Scan::TempStorage scan;
+  int count[kThreads][kWarps + 1];  // of digits, by warp; a column to spare spreads the banks
+
+  static __device__ int digit_of(uint32_t key, int shift) {
+    return static_cast<int>(key >> shift) & (kThreads - 1);
+  }
+  // The lanes of the warp with this digit.
+  static __device__ unsigned peers_of(int digit) {
+    unsigned peers = 0xffffffffu;
+#pragma unroll
+    for (int bit = 0; bit < kDigit; ++bit) {
+      const bool set = digit >> bit & 1;
+      const unsigned vote = __ballot_sync(0xffffffffu, set);
+      peers &= set ? vote : ~vote;
+    }
+    return peers;
+  }
+
+  template <int Each>
+  __device__ void find(const uint32_t (&keys)[Each], int shift, int (&rank)[Each]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int w = 0; w < kWarps; ++w) count[threadIdx.x][w] = 0;
+    __syncthreads();
+    // A warp numbers its own keys of each digit. Only it touches its column.
+#pragma unroll
+    for (int k = 0; k < Each; ++k) {
+      // Ranks are not negative; that digits wait for them keeps votes from being made for many keys
+      // at once, in registers that there are not.
+      const uint32_t none = k < kAhead ? 0 : static_cast<uint32_t>(rank[k - kAhead]) >> 31;
+      const int digit = digit_of(keys[k] ^ none, shift);
+      const unsigned peers = peers_of(digit);
+      const int lower = __popc(peers & ((1u << lane) - 1));
+      volatile int* here = &count[digit][warp];
+      const int before = *here;
+      __syncwarp();
+      if (lower == 0) *here = before + __popc(peers);
+      __syncwarp();
+      rank[k] = before + lower;
+    }
+    __syncthreads();
+    // The digits before, and of the same those of the warps before.
+    int sum = 0, first;
+    for (int w = 0; w < kWarps; ++w) sum += count[threadIdx.x][w];
+    Scan(scan).ExclusiveSum(sum, first);
+    for (int w = 0; w < kWarps; ++w) {
+      const int here = count[threadIdx.x][w];
+      count[threadIdx.x][w] = first;
+      first += here;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Each; ++k) {
+      uint32_t key = keys[k];
+      asm volatile("" : "+r"(key));  // else the addresses above are kept for here, and spill
+      rank[k] += count[digit_of(key, shift)][warp];
+    }
+  }
+};
 
 template <int Each>
 struct Sorters {
-  using Pairs = cub::BlockRadixSort<uint32_t, kThreads, Each, uint16_t, kDigit>;
-  using Keys = cub::BlockRadixSort<uint32_t, kThreads, Each, cub::NullType, kDigit>;
   using Reduce = cub::BlockReduce<double, kThreads>;
   static constexpr int size = kThreads * Each;
   union Scratch {
-    typename Pairs::TempStorage pairs;
-    typename Keys::TempStorage keys;
+    Ranking ranking;
     typename Reduce::TempStorage reduce;
     float slopes[size];
   };
-  uint32_t x[size], y[size];  // numbers in their order, sorted
+  uint32_t x[size], y[size];  // sorted
+  uint16_t number[size];      // of each sorted x
   Scratch scratch;
 };
 
-// The derivative to the points `from` to `to` - 1 of x, which tie and so move as one.
+// The place of a thread's element k, of which a warp has neighboring ones.
+template <int Each>
+__device__ __forceinline__ int place_of(int k) {
+  return threadIdx.x / 32 * (32 * Each) + k * 32 + threadIdx.x % 32;
+}
+
+// Sorts the block's keys to `out`, and the places that they come from to `number`, by way of
+// `spare`; null: not wanted.
+template <int Each>
+__device__ void sort_block(uint32_t (&keys)[Each], uint32_t* out, uint16_t* number,
+                           uint16_t* spare, Ranking& ranking) {
+  static_assert(kBits / kDigit % 2 == 1, "the last of the passes writes to `number`");
+  uint16_t *from = spare, *to = number;
+#pragma unroll 1
+  for (int shift = 0; shift < kBits; shift += kDigit) {
+    int rank[Each];
+    ranking.find(keys, shift, rank);
+    // Its barriers are behind all reads of the pass before.
+#pragma unroll
+    for (int k = 0; k < Each; ++k) out[rank[k]] = keys[k];
+    if (number) {
+#pragma unroll
+      for (int k = 0; k < Each; ++k) {
+        const int here = place_of<Each>(k);
+        to[rank[k]] = shift == 0 ? static_cast<uint16_t>(here) : from[here];
+      }
+      from = to;
+      to = from == number ? spare : number;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Each; ++k) keys[k] = out[place_of<Each>(k)];
+  }
+}
+
+// The derivative to the points `from` to `to` - 1 of x, which tie and so move as one, in units of the
+// grid.
 template <int Each>
 __device__ float slope_of_ties(const Sorters<Each>& sorted, uint32_t from, uint32_t to, int p) {
   const uint32_t v = sorted.x[from];
@@ -43,9 +142,9 @@ __device__ float slope_of_ties(const Sorters<Each>& sorted, uint32_t from, uint3
     const int sum = static_cast<int>(equal - from) - static_cast<int>(to - above);
     return static_cast<float>(sum) / static_cast<float>(to - from);
   }
-  double sum = 0;
-  for (uint32_t k = from; k < to; ++k) sum += unordered(v) - unordered(sorted.y[k]);
-  return static_cast<float>(2 * sum / (to - from));
+  int64_t sum = 0;
+  for (uint32_t k = from; k < to; ++k) sum += static_cast<int>(v - sorted.y[k]);
+  return static_cast<float>(2 * static_cast<double>(sum) / (to - from));
 }
 
 template <int Each>
@@ -53,54 +152,56 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
   using Sorted = Sorters<Each>;
   extern __shared__ __align__(16) unsigned char dynamic[];
   Sorted& sorted = *reinterpret_cast<Sorted*>(dynamic);
-  __shared__ int bad;
+  __shared__ uint32_t largest;  // magnitude, as bits; more than those of infinity: NaN
   const int n = static_cast<int>(work.count), thread = threadIdx.x;
   const float* x = work.x + blockIdx.x * work.count;
   const float* y = work.y + blockIdx.x * work.count;
-  if (thread == 0) bad = 0;
+  if (thread == 0) largest = 0;
   __syncthreads();
+  uint32_t most = 0;
+#pragma unroll 8
+  for (int i = thread; i < n; i += kThreads) {
+    most = max(most, max(__float_as_uint(fabsf(x[i])), __float_as_uint(fabsf(y[i]))));
+  }
+  most = __reduce_max_sync(0xffffffffu, most);
+  if (thread % 32 == 0) atomicMax(&largest, most);
+  __syncthreads();
+  const float magnitude = __uint_as_float(largest);
+  const bool poisoned = !isfinite(magnitude);
+  const int exponent = poisoned ? 0 : grid_exponent(magnitude, kBits);
+  const Quantizer<float> quantize(exponent);
 
   uint32_t keys[Each];
   const auto load = [&](const float* from) {
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
-      const int i = k * kThreads + thread;
-      const float value = i < n ? from[i] : 0.0f;
-      // Behind all others, where there is no point. -0 and 0 tie.
-      keys[k] = i < n ? ordered(value + 0.0f) : 0xffffffffu;
-      if (!isfinite(value)) bad = 1;
+      const int i = place_of<Each>(k);
+      const float value = i < n && !poisoned ? from[i] : 0.0f;
+      // Where there is no point, behind all others.
+      keys[k] = i < n ? static_cast<uint32_t>(quantize(value) + (1 << (kBits - 1)))
+                      : (1u << kBits) - 1;
     }
   };
-  const auto keep = [&](uint32_t* to) {
-#pragma unroll
-    for (int k = 0; k < Each; ++k) to[k * kThreads + thread] = keys[k];
-  };
-  load(y);
-  typename Sorted::Keys(sorted.scratch.keys).SortBlockedToStriped(keys);
-  keep(sorted.y);
   load(x);
-  uint16_t number[Each];
-#pragma unroll
-  for (int k = 0; k < Each; ++k) number[k] = static_cast<uint16_t>(k * kThreads + thread);
-  __syncthreads();
-  typename Sorted::Pairs(sorted.scratch.pairs).SortBlockedToStriped(keys, number);
-  keep(sorted.x);
-  __syncthreads();
+  // y is not there yet: its place is free.
+  sort_block<Each>(keys, sorted.x, sorted.number, reinterpret_cast<uint16_t*>(sorted.y),
+                   sorted.scratch.ranking);
+  load(y);
+  sort_block<Each>(keys, sorted.y, nullptr, nullptr, sorted.scratch.ranking);
 
   double cost = 0;
-  const bool poisoned = bad != 0;
   float* slopes = sorted.scratch.slopes;
 #pragma unroll 4
   for (int k = 0; k < Each; ++k) {
     const int i = k * kThreads + thread;
     if (i >= n) break;
     const uint32_t v = sorted.x[i];
-    const float gap = unordered(v) - unordered(sorted.y[i]);
+    const int gap = static_cast<int>(v - sorted.y[i]);
     cost += work.p == 1 ? fabs(static_cast<double>(gap)) : static_cast<double>(gap) * gap;
     const bool leads = i == 0 || sorted.x[i - 1] != v;
     if (!leads || !work.slopes) continue;
     if (i + 1 == n || sorted.x[i + 1] != v) {
-      slopes[i] = work.p == 1 ? static_cast<float>((gap > 0) - (gap < 0)) : 2 * gap;
+      slopes[i] = static_cast<float>(work.p == 1 ? (gap > 0) - (gap < 0) : 2 * gap);
     } else {
       const uint32_t end = first_where(i + 1, n, [&](uint32_t j) { return sorted.x[j] != v; });
       slopes[i] = slope_of_ties(sorted, i, end, work.p);
@@ -124,17 +225,19 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
-      if (k * kThreads + thread < n) slopes[number[k]] = slope[k];
+      const int i = k * kThreads + thread;
+      if (i < n) slopes[sorted.number[i]] = slope[k];
     }
     __syncthreads();
     float* out = work.slopes + blockIdx.x * work.count;
-    // Where there is NaN, padding may have been sorted in its place, and slopes be anything.
-    for (int i = thread; i < n; i += kThreads) out[i] = poisoned ? 0.0f : slopes[i];
+    const float unit = work.p == 1 ? 1.0f : static_cast<float>(ldexp(1.0, exponent));
+    for (int i = thread; i < n; i += kThreads) out[i] = poisoned ? 0.0f : slopes[i] * unit;
     __syncthreads();
   }
   const double sum = typename Sorted::Reduce(sorted.scratch.reduce).Sum(cost);
   if (thread == 0) {
-    work.values[blockIdx.x] = poisoned ? NAN : static_cast<float>(sum / static_cast<double>(n));
+    const double mean = ldexp(sum / static_cast<double>(n), work.p * exponent);
+    work.values[blockIdx.x] = poisoned ? NAN : static_cast<float>(mean);
   }
 }
 
@@ -151,13 +254,13 @@ void launch_for(const SmallArguments& a, Place place) {
 int64_t most_small_points(int device) {
   const int room = chip(device).shared_per_block - 1024;
   if (room >= static_cast<int>(sizeof(Sorters<kMostEach>))) return kThreads * kMostEach;
-  return room >= static_cast<int>(sizeof(Sorters<8>)) ? kThreads * 8 : 0;
+  return room >= static_cast<int>(sizeof(Sorters<kFewEach>)) ? kThreads * kFewEach : 0;
 }
 
 void sliced_wasserstein_small(const SmallArguments& a, Place place) {
   const DeviceGuard guard(place.device);
-  if (a.count <= kThreads * 8) {
-    launch_for<8>(a, place);
+  if (a.count <= kThreads * kFewEach) {
+    launch_for<kFewEach>(a, place);
   } else {
     launch_for<kMostEach>(a, place);
   }

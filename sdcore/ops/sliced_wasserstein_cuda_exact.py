@@ -24,9 +24,6 @@ KEYS_OF_A_PASS = 1 << 25
 # Slots of a pass take 7 bits of a key. The other 25 of 32 are a sign and the 24 that a float32
 # number's significand has.
 MOST_SLOTS = 128
-# Points of half precision have 11 bits at most. 17, sign included, take three passes of 8 with
-# those of the slots, where more would take four.
-HALF_BITS = 17
 DOUBLE_BITS = 54
 # Passes of less work memory than this are made without asking how much is free.
 LITTLE = 1 << 26
@@ -142,7 +139,7 @@ def exact(
 
 
 def _solve_few(call: _Call) -> None:
-    problem = _Problem(call.x, call.y, call.directions, call.p, call.need, call.x.points.dtype)
+    problem = _Problem(call.x, call.y, call.directions, call.p, call.need)
     for pass_ in problem.passes():
         for side, slopes in enumerate(problem.run(pass_, call.values)):
             if slopes is None:
@@ -184,7 +181,7 @@ def _solve_lines(call: _Call) -> None:
     most = max(_count(call.x), _count(call.y))
     for first, slots in _passes(batch * count, _slots(most)):
         lines = [_lines(side, call.directions, first, slots) for side in (call.x, call.y)]
-        problem = _Problem(*lines, one, call.p, call.need, call.x.points.dtype)
+        problem = _Problem(*lines, one, call.p, call.need)
         found = call.values.view(-1)[first : first + slots]
         for side, slopes in enumerate(problem.run((0, slots, 1), found)):
             if slopes is not None:
@@ -261,15 +258,12 @@ class _Problem:
         directions: Tensor,
         p: int,
         need: tuple[bool, bool],
-        dtype: torch.dtype,
     ) -> None:
-        """``dtype``: whose precision the projections have."""
         self.sides, self.directions, self.p, self.need = (x, y), directions, p, need
         self.batch, self.count = x.points.shape[0], len(directions)
         self.double = directions.dtype == torch.float64
         self.most = max(_count(x), _count(y))
-        # What was kept has full precision, as x would have beside such a y.
-        self.bits = _bits(directions.dtype if isinstance(y, Kept) else dtype, self.most)
+        self.bits = _bits(self.double, self.most)
         self.exponents, self.poison = self._grid()
 
     def _directions(self) -> tuple[int, int]:
@@ -456,12 +450,10 @@ def _slots(most: int) -> int:
     return min(MOST_SLOTS, 1 << max(0, (KEYS_OF_A_PASS // most).bit_length() - 1))
 
 
-def _bits(dtype: torch.dtype, most: int) -> int:
+def _bits(double: bool, most: int) -> int:
     """Of a projection in a key."""
-    if dtype == torch.float64:
+    if double:
         return DOUBLE_BITS
-    if dtype != torch.float32:
-        return HALF_BITS
     # At most 31, so that the difference of two fits 32.
     return min(31, 33 - _slots(most).bit_length())
 

@@ -346,6 +346,29 @@ def test_equal_points_tie_wherever_they_stand(platform: Platform, dtype: torch.d
     torch.testing.assert_close(odd, odd[:1].expand_as(odd), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("bins", [256, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("platform", ALL)
+def test_binned_counts_what_lies_on_an_edge_in_the_bin_above(
+    platform: Platform, dtype: torch.dtype, bins: int
+) -> None:
+    """Grays of 8 bits, on directions of positive components: rounding must not send some down."""
+    gray = (torch.arange(256.0) / 256)[:, None].expand(-1, 3)
+    theta = torch.nn.functional.normalize(torch.rand(16, 3) + 0.1, dim=1)
+    one = gray[100:101]
+    with platform.forced():
+        found = per_direction(
+            *(t.to(platform.device, dtype) for t in (gray, one)),
+            directions=theta.to(platform.device),
+            method="binned",
+            bins=bins,
+            value_range=(0, 1),
+        )
+    # All are moved by half a bin, so that distances stay.
+    expected = (gray - one).abs().mean() * theta.sum(1)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("platform", ALL)
 def test_binned_histograms_add_up_alike_in_any_order(platform: Platform, weighted: bool) -> None:
@@ -744,7 +767,7 @@ def test_sorted_with_weights_that_are_none(platform: Platform) -> None:
 def test_exact_with_one_slot_to_a_pass(platform: Platform, p: int) -> None:
     """As many points leave it: then a key is a projection alone, and differences must fit."""
     x = torch.rand(2, 3000, 3, device="cuda") * 2e-3 + 1
-    y, directions = -x.flip(1) * 0.7, torch.eye(3, device="cuda")
+    y, directions = -x.flip(1) - 0.75, torch.eye(3, device="cuda")  # which 25 bits hold
     module = sys.modules["sdcore.ops.sliced_wasserstein_cuda_exact"]
     results = []
     for keys in (module.KEYS_OF_A_PASS, 3000):
