@@ -88,9 +88,9 @@ def _scale(edges, slot, bins):
     """A projection's place in bins is ``scale * projection + offset``."""
     low, high = tl.load(edges + slot * 2), tl.load(edges + slot * 2 + 1)
     scale = tl.where(high > low, bins / (high - low), 0.0)
-    # What lies on an edge of two bins, but for rounding, counts in the one above.
+    # Bins begin a few roundings lower: what lies on an edge counts in the bin above.
     above: tl.constexpr = EDGE_ROUNDINGS * (2.0**-52 if low.dtype == tl.float64 else 2.0**-23)
-    return scale, bins * above - low * scale
+    return scale, -((low - (high - low) * above) * scale)
 
 
 @triton.jit
