@@ -62,7 +62,7 @@ template <typename Real>
 struct Bins {
   Real low, scale, last;
 
-  // Bins begin a few roundings lower, so that what lies on an edge counts in the bin above.
+  // Bins begin a few roundings lower: what lies on an edge counts in the bin above.
   Bins(Real low, Real high, int64_t bins)
       : low(low - static_cast<Real>(kEdgeRoundings) * std::numeric_limits<Real>::epsilon() *
                       (high - low)),

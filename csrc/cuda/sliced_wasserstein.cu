@@ -106,7 +106,7 @@ __device__ Line<Real, D> line_of(const Range<Real>& range, const Real* theta) {
   const Real scale = range.high > range.low ? 1 / width : Real(0);
   Line<Real, D> line;
   for (int k = 0; k < D; ++k) line.slope[k] = theta[k] * scale;
-  // What lies on an edge of two bins, but for rounding, counts in the one above.
+  // Bins begin a few roundings lower: what lies on an edge counts in the bin above.
   constexpr Real above = kEdgeRoundings * (sizeof(Real) == 4 ? 0x1p-23 : 0x1p-52);
   line.offset = above - range.low * scale;
   return line;

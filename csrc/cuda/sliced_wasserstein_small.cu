@@ -6,7 +6,6 @@
 #include "chip.h"
 #include "fixed.cuh"
 #include "launch.cuh"
-#include "ordered.cuh"
 #include "search.cuh"
 #include "sliced_wasserstein_exact.h"
 
@@ -14,11 +13,9 @@ namespace sdcore {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
 constexpr int kFewEach = 8, kMostEach = 32;  // points of a thread
-constexpr int kBits = 27;                    // of a projection in fixed point
-constexpr int kDigit = 9;                    // three passes
-constexpr uint32_t kCrowded = 64;            // keys of a bucket that are too many to be compared
+// Of a projection in fixed point, and of a digit: three passes.
+constexpr int kBits = 27, kDigit = 9;
 
 struct Digits {
   int shift;
@@ -32,7 +29,6 @@ struct Sorters {
   using Reduce = cub::BlockReduce<double, kThreads>;
   static constexpr int size = kThreads * Each;
   union Scratch {
-    uint32_t count[size];
     typename Rank::TempStorage rank;
     typename Reduce::TempStorage reduce;
     float slopes[size];
@@ -48,113 +44,11 @@ __device__ __forceinline__ int place_of(int k) {
   return threadIdx.x / 32 * (32 * Each) + k * 32 + threadIdx.x % 32;
 }
 
-// Counts become the sums of those before. Returns the largest count.
+// Sorts the block's keys to `out`, and the places that they come from to `number`, by way of
+// `spare`; null: not wanted.
 template <int Each>
-__device__ uint32_t sum_counts(uint32_t* count) {
-  constexpr int chunks = Each / 4;
-  __shared__ uint32_t totals[kWarps], largest;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint4* mine = reinterpret_cast<uint4*>(count) + warp * (chunks * 32) + lane;
-  uint32_t sum[chunks], most = 0;
-  if (threadIdx.x == 0) largest = 0;
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const uint4 v = mine[c * 32];
-    sum[c] = v.x + v.y + v.z + v.w;
-    most = max(most, max(max(v.x, v.y), max(v.z, v.w)));
-  }
-  for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-    for (int c = 0; c < chunks; ++c) {
-      const uint32_t before = __shfl_up_sync(0xffffffffu, sum[c], step);
-      if (lane >= step) sum[c] += before;
-    }
-  }
-  uint32_t total = 0;
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const uint32_t all = __shfl_sync(0xffffffffu, sum[c], 31);
-    sum[c] += total;
-    total += all;
-  }
-  most = __reduce_max_sync(0xffffffffu, most);
-  if (lane == 0) {
-    totals[warp] = total;
-    atomicMax(&largest, most);
-  }
-  __syncthreads();
-  const uint32_t base = __reduce_add_sync(0xffffffffu, lane < warp ? totals[lane] : 0);
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const uint4 v = mine[c * 32];
-    const uint32_t end = base + sum[c], w = end - v.w, z = w - v.z, y = z - v.y;
-    mine[c * 32] = make_uint4(y - v.x, y, z, w);
-  }
-  const uint32_t found = largest;
-  __syncthreads();
-  return found;
-}
-
-// Sorts the block's first n keys, which are from `low` to `high`, to `out`, and the places that they
-// come from to `number`, unless it is null. As many buckets as keys, evenly from `low` to `high`;
-// within its bucket a key counts those before it. False, with nothing done, if one is crowded: many
-// keys tie, or nearly.
-template <int Each>
-__device__ bool sort_by_buckets(const uint32_t (&keys)[Each], int n, uint32_t low, uint32_t high,
-                                uint32_t* out, uint16_t* number, uint32_t* count) {
-  constexpr int size = kThreads * Each;
-  const float scale = static_cast<float>(size) / static_cast<float>(high - low + 1);
-  const auto bucket_of = [&](uint32_t key) {  // in the order of the keys, also where this rounds
-    return min(static_cast<int>(static_cast<float>(key - low) * scale), size - 1);
-  };
-  uint32_t place[Each];
-#pragma unroll
-  for (int k = 0; k < Each; ++k) count[k * kThreads + threadIdx.x] = 0;
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    if (place_of<Each>(k) < n) place[k] = atomicAdd(&count[bucket_of(keys[k])], 1u);
-  }
-  __syncthreads();
-  if (sum_counts<Each>(count) > kCrowded) return false;
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    if (place_of<Each>(k) >= n) continue;
-    place[k] += count[bucket_of(keys[k])];
-    out[place[k]] = keys[k];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    if (place_of<Each>(k) >= n) continue;
-    const int bucket = bucket_of(keys[k]);
-    const uint32_t first = count[bucket];
-    const uint32_t end = bucket + 1 < size ? count[bucket + 1] : static_cast<uint32_t>(n);
-    uint32_t rank = first;
-    for (uint32_t j = first; j < end; ++j) {
-      const uint32_t other = out[j];
-      rank += other < keys[k] || (other == keys[k] && j < place[k]);
-    }
-    place[k] = rank;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Each; ++k) {
-    const int here = place_of<Each>(k);
-    if (here >= n) continue;
-    out[place[k]] = keys[k];
-    if (number) number[place[k]] = static_cast<uint16_t>(here);
-  }
-  __syncthreads();
-  return true;
-}
-
-// The same for any keys, digit by digit, by way of `spare`.
-template <int Each>
-__device__ void sort_by_digits(uint32_t (&keys)[Each], uint32_t* out, uint16_t* number,
-                               uint16_t* spare,
-                               typename Sorters<Each>::Rank::TempStorage& scratch) {
+__device__ void sort_block(uint32_t (&keys)[Each], uint32_t* out, uint16_t* number,
+                           uint16_t* spare, typename Sorters<Each>::Rank::TempStorage& scratch) {
   static_assert(kBits / kDigit % 2 == 1, "the last of the passes writes to `number`");
   uint16_t *from = spare, *to = number;
 #pragma unroll 1
@@ -195,70 +89,47 @@ __device__ float slope_of_ties(const Sorters<Each>& sorted, uint32_t from, uint3
   return static_cast<float>(2 * static_cast<double>(sum) / (to - from));
 }
 
-struct Extent {
-  float low, high;  // not numbers, or infinite, if one of the values is
-  __device__ bool has_bad() const { return !isfinite(low) || !isfinite(high); }
-  __device__ float magnitude() const { return fmaxf(fabsf(low), fabsf(high)); }
-};
-
-// The smallest and the largest value, for all threads of the block.
-__device__ Extent extent_of(const float* values, int n) {
-  __shared__ uint32_t ends[2];
-  if (threadIdx.x < 2) ends[threadIdx.x] = 0;
-  __syncthreads();
-  uint32_t low = 0, high = 0;  // the first is that of the complements
-#pragma unroll 8
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const uint32_t value = ordered(values[i]);  // NaN is beyond infinity, on either side
-    low = max(low, ~value);
-    high = max(high, value);
-  }
-  low = warp_max(low);
-  high = warp_max(high);
-  if (threadIdx.x % 32 == 0) {
-    atomicMax(&ends[0], low);
-    atomicMax(&ends[1], high);
-  }
-  __syncthreads();
-  const Extent extent{unordered(~ends[0]), unordered(ends[1])};
-  __syncthreads();
-  return extent;
-}
-
 template <int Each>
 __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments work) {
   using Sorted = Sorters<Each>;
   extern __shared__ __align__(16) unsigned char dynamic[];
   Sorted& sorted = *reinterpret_cast<Sorted*>(dynamic);
+  __shared__ uint32_t largest;  // magnitude, as bits; more than those of infinity: NaN
   const int n = static_cast<int>(work.count), thread = threadIdx.x;
   const float* x = work.x + blockIdx.x * work.count;
   const float* y = work.y + blockIdx.x * work.count;
-  const Extent extent_x = extent_of(x, n), extent_y = extent_of(y, n);
-  const float magnitude = fmaxf(extent_x.magnitude(), extent_y.magnitude());
-  const bool poisoned = extent_x.has_bad() || extent_y.has_bad();
+  if (thread == 0) largest = 0;
+  __syncthreads();
+  uint32_t most = 0;
+#pragma unroll 8
+  for (int i = thread; i < n; i += kThreads) {
+    most = max(most, max(__float_as_uint(fabsf(x[i])), __float_as_uint(fabsf(y[i]))));
+  }
+  most = __reduce_max_sync(0xffffffffu, most);
+  if (thread % 32 == 0) atomicMax(&largest, most);
+  __syncthreads();
+  const float magnitude = __uint_as_float(largest);
+  const bool poisoned = !isfinite(magnitude);
   const int exponent = poisoned ? 0 : grid_exponent(magnitude, kBits);
   const Quantizer<float> quantize(exponent);
-  const auto key_of = [&](float value) {
-    return static_cast<uint32_t>(quantize(value) + (1 << (kBits - 1)));
-  };
+
   uint32_t keys[Each];
-  const auto sort = [&](const float* from, const Extent& extent, uint32_t* out, uint16_t* number,
-                        uint16_t* spare) {
+  const auto load = [&](const float* from) {
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
       const int i = place_of<Each>(k);
+      const float value = i < n && !poisoned ? from[i] : 0.0f;
       // Where there is no point, behind all others.
-      keys[k] = i < n ? key_of(poisoned ? 0.0f : from[i]) : (1u << kBits) - 1;
-    }
-    const uint32_t low = key_of(poisoned ? 0.0f : extent.low);
-    const uint32_t high = key_of(poisoned ? 0.0f : extent.high);
-    if (!sort_by_buckets<Each>(keys, n, low, high, out, number, sorted.scratch.count)) {
-      sort_by_digits<Each>(keys, out, number, spare, sorted.scratch.rank);
+      keys[k] = i < n ? static_cast<uint32_t>(quantize(value) + (1 << (kBits - 1)))
+                      : (1u << kBits) - 1;
     }
   };
+  load(x);
   // y is not there yet: its place is free.
-  sort(x, extent_x, sorted.x, sorted.number, reinterpret_cast<uint16_t*>(sorted.y));
-  sort(y, extent_y, sorted.y, nullptr, nullptr);
+  sort_block<Each>(keys, sorted.x, sorted.number, reinterpret_cast<uint16_t*>(sorted.y),
+                   sorted.scratch.rank);
+  load(y);
+  sort_block<Each>(keys, sorted.y, nullptr, nullptr, sorted.scratch.rank);
 
   double cost = 0;
   float* slopes = sorted.scratch.slopes;

@@ -30,9 +30,9 @@ METHODS = ("exact", "binned")
 REDUCTIONS = ("mean", "sum", "none")
 # A float32 bin index resolves a sixteenth of a bin up to here.
 MOST_BINS = 1 << 20
-# Projections count in the bins that they would be in if they were larger by so many times the
-# rounding of the bins' range. Grays of 8 bits, say, lie on edges of the bins of (0, 1), and without
-# it rounding would decide which of them go down: for a photo, 40 % of its pixels at once.
+# Bins begin lower by so many times the rounding of their range. Grays of 8 bits, say, lie on edges
+# of the bins of (0, 1), and rounding would decide which of them go down: of a photo, 40 % of its
+# pixels at once.
 EDGE_ROUNDINGS = 8
 # Point counts and bin counts are 32-bit in the kernels, which look a tile ahead.
 MOST_POINTS = (1 << 31) - (1 << 16)
