@@ -16,17 +16,23 @@ def bootstrap(x: Tensor, y: Tensor) -> Tensor:
     return torch.randint(0, fewer, (fewer,)).to(x.device)
 
 
-def loss(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Mean over directions [L, d] of W_1 between projections of x [n, d] and y [m, d]."""
+def loss(x: Tensor, y: Tensor, directions: Tensor, drawn: Tensor | None = None) -> Tensor:
+    """Mean over directions [L, d] of W_1 between projections of x [n, d] and y [m, d].
+
+    ``drawn``: what host_part returned, in the place of indices drawn in the call.
+    """
     directions = directions.to(x.dtype)
     total = x.new_zeros(())
-    for direction in directions:
-        chosen = bootstrap(x, y)
+    for number, direction in enumerate(directions):
+        chosen = bootstrap(x, y) if drawn is None else drawn[number]
         px, py = (x @ direction)[chosen], (y @ direction)[chosen]
         total = total + (px.sort().values - py.sort().values).abs().mean()
     return total / len(directions)
 
 
 def host_part(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """What of the loss the host does: drawing the indices and copying them."""
-    return torch.stack([bootstrap(x, y)[0] for _ in directions])
+    """What of the loss the host does: drawing the indices and copying them, [L, min(n, m)]."""
+    drawn = torch.empty(len(directions), min(len(x), len(y)), dtype=torch.int64, device=x.device)
+    for row in drawn:
+        row.copy_(bootstrap(x, y))
+    return drawn
