@@ -257,10 +257,10 @@ struct View {
     moments = side.moments ? side.moments + row * n : nullptr;
     count = static_cast<uint32_t>(n);
   }
-  __device__ Code<Real> code_of(Key<Real> bits_of) const {
-    if (kept) return quantize(real_of(bits_of));
+  __device__ Code<Real> code_of(Key<Real> entry) const {
+    if (kept) return quantize(real_of(entry));
     const Key<Real> one = 1;
-    return static_cast<Code<Real>>(bits_of & ((one << bits) - 1)) -
+    return static_cast<Code<Real>>(entry & ((one << bits) - 1)) -
            static_cast<Code<Real>>(one << (bits - 1));
   }
   __device__ Code<Real> code(uint32_t i) const { return code_of(sorted[i]); }
@@ -500,12 +500,6 @@ struct Staging {
   }
 };
 
-template <typename Real>
-__device__ __forceinline__ double gap_cost(Code<Real> gap, int p) {
-  const double d = fabs(static_cast<double>(gap));
-  return p == 1 ? d : d * d;
-}
-
 // Runs of slopes, in shared memory with the numbers of their points, to memory.
 template <typename Real, int Each>
 __device__ void write_runs(const SortedSide& side, int64_t row, const Staging<Each>& staging,
@@ -585,7 +579,8 @@ __global__ void __launch_bounds__(kTransportThreads, kTransportBlocks)
     codes[at(k)] = code;
     if (alike) {
       const Code<Real> gap = code - other.code_of(met[k]);
-      if (at(k) < points) cost += gap_cost<Real>(gap, work.p);
+      const double distance = fabs(static_cast<double>(gap));
+      if (at(k) < points) cost += work.p == 1 ? distance : distance * distance;
       // That of a point that ties with no other.
       slopes[at(k)] = static_cast<Real>(work.p == 1 ? (gap > 0) - (gap < 0)
                                                     : 2 * static_cast<double>(gap));

@@ -133,8 +133,8 @@ struct PullArguments {
 };
 void sliced_wasserstein_pull(const PullArguments& arguments, Place place);
 
-// All of it, in one launch, for projections of as many points of x as of y, all of equal weight, that
-// fit shared memory: up to so many.
+// All of it, in one launch and 27 bits, for projections of as many points of x as of y, all of equal
+// weight, that fit shared memory: up to so many.
 struct SmallArguments {
   const float *x, *y;  // [slots, count]
   int64_t slots, count;
