@@ -1,0 +1,1 @@
+"""A tiny family of text-to-image models, and the world that it was trained on."""
