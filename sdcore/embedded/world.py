@@ -395,10 +395,12 @@ def _listed(names: list[str], layout: str, choose) -> str:
 # ---------------------------------------------------------------------------------------------
 # Pictures
 
+Grid = tuple[Tensor, Tensor]  # x [1, size] and y [size, 1] of the pixels' centers
+
 
 def render(scenes: Sequence[Scene], size: int = SIZE, device: str = "cpu") -> Tensor:
     """Pictures [B, 3, size, size], float32 in [0, 1], anti-aliased."""
-    grid = _grid(size, device)
+    grid = pixel_grid(size, device)
     out = torch.empty(len(scenes), 3, size, size, device=device)
     plain = [i for i, one in enumerate(scenes) if one.style == "plain"]
     ink = [i for i, one in enumerate(scenes) if one.style == "ink"]
@@ -417,7 +419,7 @@ def render(scenes: Sequence[Scene], size: int = SIZE, device: str = "cpu") -> Te
 
 def outlines(scenes: Sequence[Scene], size: int = SIZE, device: str = "cpu") -> Tensor:
     """Outline drawings of the things [B, 1, size, size]: white lines on black, in [0, 1]."""
-    grid = _grid(size, device)
+    grid = pixel_grid(size, device)
     out = torch.zeros(len(scenes), size, size, device=device)
     for layer in range(max((len(one.things) for one in scenes), default=0)):
         here = [i for i, one in enumerate(scenes) if len(one.things) > layer]
@@ -429,12 +431,11 @@ def outlines(scenes: Sequence[Scene], size: int = SIZE, device: str = "cpu") -> 
 
 def masks(scenes: Sequence[Scene], size: int = SIZE, device: str = "cpu") -> list[Tensor]:
     """Of each scene, how much of each pixel each thing covers: [things, size, size] in [0, 1]."""
-    grid = _grid(size, device)
+    grid = pixel_grid(size, device)
     return [_covered(_distances(one.things, grid), size) for one in scenes]
 
 
-def _grid(size: int, device: str) -> tuple[Tensor, Tensor]:
-    """x [1, size] and y [size, 1] of the pixels' centers."""
+def pixel_grid(size: int, device: str) -> Grid:
     at = (torch.arange(size, device=device) + 0.5) / size
     return at[None, :], at[:, None]
 
@@ -448,7 +449,7 @@ def _covered(distance: Tensor, size: int) -> Tensor:
     return (0.5 - distance * size).clamp(0, 1)
 
 
-def _grounds(grounds: Sequence[Background], grid: tuple[Tensor, Tensor]) -> Tensor:
+def _grounds(grounds: Sequence[Background], grid: Grid) -> Tensor:
     """[B, 3, size, size]"""
     x, y = grid
     device = x.device
@@ -466,7 +467,7 @@ def _grounds(grounds: Sequence[Background], grid: tuple[Tensor, Tensor]) -> Tens
     return out.clamp(0, 1)
 
 
-def _waves(grounds: Sequence[Background], grid: tuple[Tensor, Tensor]) -> Tensor:
+def _waves(grounds: Sequence[Background], grid: Grid) -> Tensor:
     """Sums of waves, mixed into colors. A wave is a sum of two products of functions of x and of y,
     and so all of them are one matrix product."""
     x, y = (2 * math.pi * at.flatten() for at in grid)
@@ -483,7 +484,7 @@ def _waves(grounds: Sequence[Background], grid: tuple[Tensor, Tensor]) -> Tensor
     return torch.einsum("bij,bjhw->bihw", mixing, fields)
 
 
-def _local(things: Sequence[Thing], grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _local(things: Sequence[Thing], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates in each thing's own frame, in units of its radius, and the radius."""
     x, y = grid
     px, py, radius, angle = (
@@ -495,7 +496,7 @@ def _local(things: Sequence[Thing], grid: tuple[Tensor, Tensor]) -> tuple[Tensor
     return c * dx + s * dy, c * dy - s * dx, radius
 
 
-def _distances(things: Sequence[Thing], grid: tuple[Tensor, Tensor]) -> Tensor:
+def _distances(things: Sequence[Thing], grid: Grid) -> Tensor:
     """Signed distances to the things' edges [N, size, size], negative inside, as fractions of the
     picture's side."""
     u, v, radius = _local(things, grid)
@@ -578,7 +579,7 @@ _DISTANCES = {
 }
 
 
-def _paint(things: Sequence[Thing], grid: tuple[Tensor, Tensor], ground: Tensor) -> Tensor:
+def _paint(things: Sequence[Thing], grid: Grid, ground: Tensor) -> Tensor:
     """The things on the pictures [N, 3, size, size]."""
     size = ground.shape[-1]
     covered = _covered(_distances(things, grid), size)[:, None]
@@ -590,7 +591,7 @@ def _paint(things: Sequence[Thing], grid: tuple[Tensor, Tensor], ground: Tensor)
     return ground + covered * (color - ground)
 
 
-def _marks(things: Sequence[Thing], grid: tuple[Tensor, Tensor], size: int) -> Tensor:
+def _marks(things: Sequence[Thing], grid: Grid, size: int) -> Tensor:
     """Where the stripes and dots are: [N, size, size] in [0, 1]."""
     out = torch.zeros(len(things), size, size, device=grid[0].device)
     for texture, marks in (("striped", _stripes), ("dotted", _dots)):
@@ -600,7 +601,7 @@ def _marks(things: Sequence[Thing], grid: tuple[Tensor, Tensor], size: int) -> T
     return out
 
 
-def _turned(things: Sequence[Thing], grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(things: Sequence[Thing], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates across and along the grain, as fractions of the side, and its phase."""
     x, y = grid
     angle, phase = (
@@ -615,19 +616,19 @@ def _lines(across: Tensor, phase: Tensor, spacing: float, width: float) -> Tenso
     return ((across / spacing + phase) % 1 - 0.5).abs() * spacing - width / 2
 
 
-def _stripes(things: Sequence[Thing], grid: tuple[Tensor, Tensor], size: int) -> Tensor:
+def _stripes(things: Sequence[Thing], grid: Grid, size: int) -> Tensor:
     across, _, phase = _turned(things, grid)
     return _covered(_lines(across, phase, 0.075, 0.033), size)
 
 
-def _dots(things: Sequence[Thing], grid: tuple[Tensor, Tensor], size: int) -> Tensor:
+def _dots(things: Sequence[Thing], grid: Grid, size: int) -> Tensor:
     across, along, phase = _turned(things, grid)
     spacing = 0.07
     du, dv = (((at / spacing + phase) % 1 - 0.5) * spacing for at in (across, along))
     return _covered(torch.hypot(du, dv) - 0.021, size)
 
 
-def _draw(things: Sequence[Thing], grid: tuple[Tensor, Tensor], paper: Tensor) -> Tensor:
+def _draw(things: Sequence[Thing], grid: Grid, paper: Tensor) -> Tensor:
     """The things in ink: hatched in their color, with a dark outline."""
     size = paper.shape[-1]
     distance = _distances(things, grid)

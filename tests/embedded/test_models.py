@@ -1,0 +1,146 @@
+"""From pictures to a pipeline that loads: with so few steps that nothing is learned."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdcore import embedded
+from sdcore.embedded import checksums, world
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from accelerate import Accelerator
+
+from sdcore.embedded import models, tokenizer, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedded")
+    places = ["--out", str(folder / "models"), "--runs", str(folder / "runs")]
+    few = ["--steps", "2", "--batch", "2", "--scenes", "8"]
+    for model in ("autoencoder", "v1", "v1-ink", "v1-edge"):
+        train.main([model, *places, *few])
+    return folder
+
+
+def test_a_model_loads_and_makes_a_picture(trained: Path) -> None:
+    outline = world.outlines(world.scenes(1, 0)).expand(-1, 3, -1, -1)
+    pictures = {}
+    for name in ("v1", "v1-ink", "v1-edge"):
+        pipe = embedded.load(name, folder=trained / "models")
+        pipe.set_progress_bar_config(disable=True)
+        options = {"image": outline} if name == "v1-edge" else {}
+        pictures[name] = pipe(
+            "a red circle left of a blue square",
+            num_inference_steps=2,
+            height=128,
+            width=128,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        ).images
+        assert pictures[name].shape == (1, 3, 128, 128)
+        assert pictures[name].isfinite().all()
+    assert not pictures["v1"].equal(pictures["v1-ink"])
+
+
+def test_there_is_no_pickle(trained: Path) -> None:
+    kinds = {path.suffix for path in trained.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json", ".txt", ".csv", ""}
+    assert {path.name for path in trained.rglob("*") if path.is_file() and not path.suffix} == {
+        checksums.NAME
+    }
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing", "does not belong", "no SHA256SUMS"])
+def test_a_folder_that_is_not_as_it_was_is_refused(
+    trained: Path, tmp_path: Path, harm: str
+) -> None:
+    import shutil
+
+    folder = tmp_path / "models"
+    shutil.copytree(trained / "models" / "v1", folder / "v1")
+    weights = folder / "v1" / "unet" / "diffusion_pytorch_model.safetensors"
+    if harm == "damaged":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif harm == "missing":
+        weights.unlink()
+    elif harm == "does not belong":
+        (folder / "v1" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    else:
+        (folder / "v1" / checksums.NAME).unlink()
+    with pytest.raises(ValueError, match=harm.replace("no SHA", "has no SHA")):
+        embedded.load("v1", folder=folder)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="name must be one of v1, v2, v1-ink, v1-edge, xl; got 'v3'"
+    ):
+        embedded.load("v3")
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        with torch.no_grad():
+            for number, p in enumerate(self.parameters()):
+                p.fill_(0.1 * (number + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) + torch.randn(2) - 1).square().mean()
+
+
+def fit(run: Path, stop: int | None) -> dict[str, Tensor]:
+    run.mkdir(exist_ok=True)
+    toy, calls = Toy(), itertools.count()
+
+    def batch_of(generator: torch.Generator, size: int) -> tuple[Tensor, ...]:
+        if next(calls) == stop:
+            raise KeyboardInterrupt
+        return (torch.randn(size, 3, generator=generator),)
+
+    train.fit(toy, batch_of, train.Plan(8, 4, 0.1, 0), Accelerator(), run, seed=1)
+    return {name: p.detach().clone() for name, p in toy.named_parameters()}
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+    whole = fit(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", 5)
+    again = fit(tmp_path / "cut", None)
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7)
+    assert not whole["layer.weight"].equal(Toy().layer.weight)
+
+
+def test_each_word_of_the_world_is_a_token(trained: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    words = CLIPTokenizer.from_pretrained(trained / "models" / "v1" / "tokenizer")
+    rng = random.Random(5)
+    for one in world.scenes(300, 5) + world.scenes(50, 5, style="ink"):
+        text = world.caption(one, rng)
+        tokens = words.tokenize(text)
+        plain = text.replace(",", " ,").replace("-", " - ").split()
+        assert tokens == [f"{word}</w>" for word in plain]
+        assert len(tokens) + 2 <= tokenizer.LENGTH
+    assert words.unk_token_id not in words("Zyklop №7 …", add_special_tokens=False).input_ids
+
+
+def test_the_models_are_small() -> None:
+    with torch.device("meta"):
+        v1 = models.unet("v1")
+        parts = [v1, models.controlnet(v1), models.unet("v2"), models.unet("xl")]
+        parts += [models.autoencoder(name) for name in ("v1", "v2", "xl")]
+    assert 2 * models.parameters(*parts) < 24e6
