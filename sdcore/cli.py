@@ -1,4 +1,4 @@
-"""The command line: ``sdcore info`` and ``sdcore recolor``.
+"""The command line: ``sdcore info``, ``sdcore recolor`` and ``sdcore generate``.
 
 A command that can't do what it was asked says so in one line and exits with 2, before it starts
 on anything that takes time.
@@ -23,7 +23,12 @@ from sdcore import __version__, backends, images
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.recolor import DIRECTIONS, STEPS, recolor
 
-# Module and the distribution that brings it, all in the extra `cli`.
+EMBEDDED = "embedded:"  # before the name of a model that comes with the package
+
+# Module and the distribution that brings it, in the extras `cli` and `diffusers`.
+DIFFUSERS = ("diffusers", "diffusers")
+TRANSFORMERS = ("transformers", "transformers")
+PEFT = ("peft", "peft")
 PILLOW = ("PIL", "Pillow")
 POT = ("ot", "POT")
 MATPLOTLIB = ("matplotlib.figure", "matplotlib")
@@ -132,7 +137,50 @@ def _parser() -> Parser:
         "--quiet", action="store_true", help="print nothing but errors, and no progress bar"
     )
     command.set_defaults(run=_recolor)
+    _add_generate(commands)
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="make pictures from a prompt",
+        description="Make pictures from PROMPT with a Diffusers model.",
+    )
+    command.add_argument("--prompt", required=True, help="what to show")
+    command.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
+    command.add_argument(
+        "--model",
+        default=f"{EMBEDDED}v1",
+        help="a model that comes with sdcore, as in embedded:v1; a local folder; or the id of a "
+        "repository, which Diffusers downloads (%(default)s)",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("generated.png"),
+        metavar="FILE",
+        help="where the picture goes; of several, a number is added to the name (%(default)s)",
+    )
+    command.add_argument("--count", type=_positive, default=1, help="of pictures (%(default)s)")
+    command.add_argument("--steps", type=_positive, default=20, metavar="N", help="(%(default)s)")
+    command.add_argument(
+        "--guidance", type=float, default=5.0, metavar="G", help="towards the prompt (%(default)s)"
+    )
+    for side in ("height", "width"):
+        command.add_argument(
+            f"--{side}", type=_positive, metavar="PIXELS", help="default: the model's"
+        )
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU"
+    )
+    command.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="of the first picture (%(default)s)"
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors, and no progress bar"
+    )
+    command.set_defaults(run=_generate)
 
 
 def _positive(text: str) -> int:
@@ -194,7 +242,74 @@ def _recolor(args: argparse.Namespace) -> None:
         print(_report(distances, args))
 
 
-def _need(*packages: tuple[str, str]) -> None:
+def _generate(args: argparse.Namespace) -> None:
+    _need(PILLOW, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
+    device = _device(args.device)
+    files = (
+        [args.output] if args.count == 1 else [_numbered(args.output, i) for i in range(args.count)]
+    )
+    for file in files:
+        images.check_writable(file)
+    if args.quiet:
+        _hide_progress()
+    start = time.perf_counter()
+    pipe = _pipeline(args.model, device)
+    pipe.set_progress_bar_config(disable=args.quiet)
+    if not args.quiet:
+        print(f"{args.model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
+    for number, file in enumerate(files):
+        generator = torch.Generator("cpu").manual_seed((args.seed + number) % (1 << 64))
+        start = time.perf_counter()
+        try:
+            picture = pipe(
+                args.prompt,
+                negative_prompt=args.negative,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance,
+                height=args.height,
+                width=args.width,
+                generator=generator,
+                output_type="pt",
+            ).images[0]
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"{args.model} can't make this picture: {error}") from error
+        picture = picture.float().cpu().permute(1, 2, 0)
+        images.write(images.quantize(picture), file)
+        if not args.quiet:
+            seconds = time.perf_counter() - start
+            print(f"{file}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+
+
+def _hide_progress() -> None:
+    """Of what both libraries load."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number + 1}")
+
+
+def _pipeline(model: str, device: torch.device) -> Any:
+    """Half precision on a GPU, but for the embedded models, which are small."""
+    from diffusers import DiffusionPipeline
+
+    from sdcore import embedded
+
+    try:
+        if model.startswith(EMBEDDED):
+            return embedded.load(model.removeprefix(EMBEDDED), device=str(device))
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        return pipe.to(device)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--model {model}: {str(error).splitlines()[0]}") from error
+
+
+def _need(*packages: tuple[str, str], extras: str = "cli") -> None:
     """All at once, so that one installation serves."""
     missing = []
     for module, distribution in packages:
@@ -203,7 +318,7 @@ def _need(*packages: tuple[str, str]) -> None:
         except ImportError as error:
             missing.append(f"{distribution} ({error})")
     if missing:
-        raise CommandError(f"needs {', '.join(missing)}: pip install 'sdcore[cli]'")
+        raise CommandError(f"needs {', '.join(missing)}: pip install 'sdcore[{extras}]'")
 
 
 def _device(name: str | None) -> torch.device:

@@ -14,7 +14,7 @@ NAMES = ("v1", "v2", "v1-ink", "v1-edge", "xl")
 
 
 def load(
-    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, folder: Path = FOLDER
+    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, folder: Path | None = None
 ) -> DiffusionPipeline:
     """The pipeline of an embedded model, from the package's own files.
 
@@ -22,7 +22,7 @@ def load(
         name: ``"v1"``; ``"v2"``, the upgrade; ``"v1-ink"``, v1 with a LoRA for ink drawings;
             ``"v1-edge"``, v1 with a ControlNet for outline drawings; ``"xl"``, shaped as SDXL.
         device, dtype: where and in what it computes; None: float32.
-        folder: where the models lie.
+        folder: where the models lie; None: in the package.
 
     Raises:
         ValueError: there is no model of that name; or a file is missing, damaged or foreign.
@@ -38,6 +38,7 @@ def load(
 
     from sdcore.embedded import checksums
 
+    folder = FOLDER if folder is None else folder
     base = name.partition("-")[0]
     for part in dict.fromkeys((base, name)):
         checksums.check(folder / part)

@@ -133,6 +133,7 @@ def pipeline(
             tokenizer=words,
             tokenizer_2=words,
             scheduler=scheduler(name),
+            force_zeros_for_empty_prompt=False,  # it is trained on the empty prompt
             add_watermarker=False,
         )
     return StableDiffusionPipeline(

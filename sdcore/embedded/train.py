@@ -518,6 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.runs / given.model,
         given.seed,
     )
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     run.folder.mkdir(parents=True, exist_ok=True)
     TRAINERS[given.model](run)
     if run.accelerator.is_main_process and run.out.exists():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdcore import embedded
+from sdcore import cli, embedded, images
 from sdcore.embedded import checksums, world
 
 pytest.importorskip("diffusers")
@@ -86,6 +86,47 @@ def test_an_unknown_name_is_refused() -> None:
         ValueError, match="name must be one of v1, v2, v1-ink, v1-edge, xl; got 'v3'"
     ):
         embedded.load("v3")
+
+
+def test_generate_writes_pictures_that_a_seed_repeats(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(trained / "models" / "v1")
+    common = ["generate", "--prompt", "a red circle", "--steps", "2", "--model", model, "--quiet"]
+    common += ["--device", "cpu"]
+    assert cli.main([*common, "--output", "a.png", "--seed", "4"]) == 0
+    assert cli.main([*common, "--output", "b.png", "--seed", "3", "--count", "2"]) == 0
+    one, first, second = (images.read(Path(f"{name}.png")) for name in ("a", "b-1", "b-2"))
+    assert one.shape == (128, 128, 3)
+    assert one.equal(second) and not one.equal(first)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "model, complaint",
+    [
+        ("embedded:v9", "name must be one of v1"),
+        ("embedded:v1-edge", "v1-edge can't make this picture"),
+        ("nowhere/at-all", "nowhere/at-all"),
+    ],
+)
+def test_generate_says_what_is_wrong_in_one_line(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    model: str,
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(embedded, "FOLDER", trained / "models")
+    asked = ["generate", "--prompt", "x", "--model", model, "--quiet", "--device", "cpu"]
+    assert cli.main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sdcore generate: error: ") and complaint in error
+    assert not Path("generated.png").exists()
 
 
 class Toy(nn.Module):
