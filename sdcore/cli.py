@@ -127,15 +127,7 @@ def _parser() -> Parser:
         metavar="PIXELS",
         help="images with a longer side than this are reduced to it (%(default)s)",
     )
-    command.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU"
-    )
-    command.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="of the directions (%(default)s)"
-    )
-    command.add_argument(
-        "--quiet", action="store_true", help="print nothing but errors, and no progress bar"
-    )
+    _add_common(command, seed_of="the directions")
     command.set_defaults(run=_recolor)
     _add_generate(commands)
     return parser
@@ -151,9 +143,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     command.add_argument(
         "--model",
-        default=f"{EMBEDDED}v1",
-        help="a model that comes with sdcore, as in embedded:v1; a local folder; or the id of a "
-        "repository, which Diffusers downloads (%(default)s)",
+        required=True,
+        help="a local folder; the id of a repository, which Diffusers downloads; or the name of a "
+        "model inside sdcore, as in embedded:v1, where it was trained",
     )
     command.add_argument(
         "--output",
@@ -171,16 +163,20 @@ def _add_generate(commands: Any) -> None:
         command.add_argument(
             f"--{side}", type=_positive, metavar="PIXELS", help="default: the model's"
         )
+    _add_common(command, seed_of="the first picture")
+    command.set_defaults(run=_generate)
+
+
+def _add_common(command: argparse.ArgumentParser, seed_of: str) -> None:
     command.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU"
     )
     command.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="of the first picture (%(default)s)"
+        "--seed", type=_seed, default=0, metavar="S", help=f"of {seed_of} (%(default)s)"
     )
     command.add_argument(
         "--quiet", action="store_true", help="print nothing but errors, and no progress bar"
     )
-    command.set_defaults(run=_generate)
 
 
 def _positive(text: str) -> int:

@@ -30,7 +30,7 @@ EDGE_ROUNDINGS = tl.constexpr(8.0)
 # cache, 85 G a second when they spread over many addresses, which more directions help: 411 µs a
 # side for 32 directions of 1,048,576 points on an H200, where (8, 512) takes 625.
 HISTOGRAM_TILE = (32, 128)
-HISTOGRAM_WARPS = 8  # 4 spill on some chips
+HISTOGRAM_WARPS = 8  # the times are those of 4, which spill on some chips
 # The points are kept in registers over all directions, of which each exchange among threads takes a
 # few: 36.7 µs for both sides on an H200, where (4, 2048) takes 47.4.
 RANGE_TILE = (8, 2048)

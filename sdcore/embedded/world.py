@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -638,14 +638,3 @@ def _draw(things: Sequence[Thing], grid: Grid, paper: Tensor) -> Tensor:
     color = _tensor([one.rgb for one in things], paper.device)[..., None, None]
     out = paper + hatched[:, None] * (color - paper)
     return out + line[:, None] * (_tensor(INK, paper.device)[:, None, None] - out)
-
-
-def as_text(scene: Scene) -> str:
-    """What the scene shows, on one line, for tables and logs."""
-    things = "; ".join(f"{one.texture} {one.color} {one.shape}" for one in scene.things)
-    return f"{things} [{scene.layout}; {scene.style}]"
-
-
-def in_style(scene: Scene, style: str) -> Scene:
-    """The same scene in another style."""
-    return replace(scene, style=style)

@@ -68,7 +68,7 @@ def test_captions_name_what_there_is() -> None:
                     assert any(w in text for w in world._TEXTURE_WORDS[thing.texture]), text
             assert "ink" not in text.split()
             seen.add(text)
-        assert "ink" in world.caption(world.in_style(one, "ink"), rng)
+        assert "ink" in world.caption(replace(one, style="ink"), rng)
     assert len(seen) > 400
 
 

@@ -851,8 +851,9 @@ def test_exact_of_sets_that_fit_a_block(platform: Platform, n: int, kind: str, p
         if "nan" in kind:
             assert ours[1].isnan().all()
             ours, exact = ours[:1], exact[:1]
-        # Fixed point follows the largest: beside an outlier signs are less sure.
-        gradients = 1e-2 if kind == "outlier" else 2e-3
+        # Fixed point follows the largest. Beside an outlier, 25 bits leave a sign or two of the
+        # 80,000 undecided; a block has 27.
+        gradients = 1e-2 if (kind, p) == ("outlier", 1) and n > 16384 else 2e-3
         error, limit = (ours - exact).norm(), 1e-6 if ours.dim() == 2 else gradients
         assert error <= limit * exact.norm(), (error, exact.norm(), ours.dim())
 
