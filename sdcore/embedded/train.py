@@ -18,11 +18,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
@@ -50,13 +51,13 @@ class Plan:
 
 
 PLANS = {
-    "autoencoder": Plan(12_000, 128, 1e-3, 100_000),
-    "v1": Plan(20_000, 512, 1e-3, 200_000),
-    "v2": Plan(24_000, 512, 1e-3, 300_000),
-    "v1-ink": Plan(2_000, 256, 1e-3, 20_000),
-    "v1-edge": Plan(6_000, 256, 5e-4, 60_000),
-    "xl-autoencoder": Plan(8_000, 128, 1e-3, 60_000),
-    "xl": Plan(14_000, 512, 1e-3, 150_000),
+    "autoencoder": Plan(8_000, 64, 1e-3, 40_000),
+    "v1": Plan(14_000, 384, 1e-3, 150_000),
+    "v2": Plan(16_000, 384, 1e-3, 200_000),
+    "v1-ink": Plan(2_000, 128, 1e-3, 20_000),
+    "v1-edge": Plan(5_000, 128, 5e-4, 40_000),
+    "xl-autoencoder": Plan(6_000, 64, 1e-3, 40_000),
+    "xl": Plan(12_000, 256, 1e-3, 100_000),
 }
 
 
@@ -79,6 +80,7 @@ def pictures(
     seed: int,
     words: CLIPTokenizer,
     device: torch.device,
+    pool: Executor,
     *,
     style: str = "plain",
     outlines: bool = False,
@@ -87,35 +89,43 @@ def pictures(
     chunks = [min(AT_ONCE, count - first) for first in range(0, count, AT_ONCE)]
     images, drawn, tokens, sides = [], [], [], []
     rng = random.Random(seed)
-    with ProcessPoolExecutor() as pool:
-        made = pool.map(_captioned, chunks, itertools.count(seed * 10**6), itertools.repeat(style))
-        for scenes, texts in tqdm(made, "pictures", len(chunks), leave=False):
-            rendered = world.render(scenes, device=str(device))
-            some = [
-                rng.randrange(48, world.SIZE) if rng.random() < shrunk else world.SIZE
-                for _ in scenes
-            ]
-            sides += some
-            for i, side in enumerate(some):
-                if side < world.SIZE:
-                    rendered[i] = _enlarged(rendered[i], side)
-            images.append((255 * rendered).round().byte())
-            if outlines:
-                drawn.append((255 * world.outlines(scenes, device=str(device))).round().byte())
-            tokens.append(tokenized(words, texts).unflatten(0, (-1, CAPTIONS)))
+    made = pool.map(
+        _captioned,
+        chunks,
+        itertools.count(seed * 10**6),
+        itertools.repeat(style),
+        itertools.repeat(words),
+    )
+    for scenes, captions in tqdm(made, "pictures", len(chunks), leave=False):
+        rendered = world.render(scenes, device=str(device))
+        some = [
+            rng.randrange(48, world.SIZE) if rng.random() < shrunk else world.SIZE for _ in scenes
+        ]
+        sides += some
+        for i, side in enumerate(some):
+            if side < world.SIZE:
+                rendered[i] = _enlarged(rendered[i], side)
+        images.append((255 * rendered).round().byte())
+        if outlines:
+            drawn.append((255 * world.outlines(scenes, device=str(device))).round().byte())
+        tokens.append(torch.from_numpy(captions))
     empty = torch.empty(0, dtype=torch.uint8, device=device)
     return Pictures(
         torch.cat(images),
-        torch.cat(tokens).to(device),
+        torch.cat(tokens).to(device, torch.long),
         torch.cat(drawn) if drawn else empty,
         torch.tensor(sides, device=device),
     )
 
 
-def _captioned(count: int, seed: int, style: str) -> tuple[list[world.Scene], list[str]]:
+def _captioned(
+    count: int, seed: int, style: str, words: CLIPTokenizer
+) -> tuple[list[world.Scene], np.ndarray]:
+    """Scenes, and the tokens of their captions: [count, CAPTIONS, length]."""
     rng = random.Random(seed)
     scenes = [world.scene(rng, style=style) for _ in range(count)]
-    return scenes, [world.caption(one, rng) for one in scenes for _ in range(CAPTIONS)]
+    texts = [world.caption(one, rng) for one in scenes for _ in range(CAPTIONS)]
+    return scenes, tokenized(words, texts).unflatten(0, (-1, CAPTIONS)).short().numpy()
 
 
 def _enlarged(image: Tensor, side: int) -> Tensor:
@@ -247,9 +257,14 @@ def fit(
     ``batch_of`` draws a batch of this size. What is drawn depends on seed and step alone, so that a
     run that goes on does what it would have done.
     """
-    optimizer = torch.optim.AdamW(_trained(loss).values(), plan.rate, weight_decay=0.01)
+    on_gpu = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        _trained(loss).values(), plan.rate, weight_decay=0.01, fused=on_gpu
+    )
     average = Average(loss, plan.decay)
     first = load_checkpoint(run, loss, optimizer, average)
+    if on_gpu:
+        loss.compile(dynamic=False)  # most layers are small and bound by memory: they fuse
     shared, optimizer = accelerator.prepare(loss, optimizer)
     generator = torch.Generator(accelerator.device)
     size = max(1, plan.batch // accelerator.num_processes)
@@ -364,6 +379,11 @@ class Run:
     out: Path
     folder: Path
     seed: int
+    pool: Executor  # of processes that make scenes
+
+    def pictures(self, words: CLIPTokenizer, **options: Any) -> Pictures:
+        device = self.accelerator.device
+        return pictures(self.plan.scenes, self.seed, words, device, self.pool, **options)
 
     def fit(self, loss: nn.Module, batch_of: Callable[..., tuple[Tensor, ...]]) -> None:
         fit(loss, batch_of, self.plan, self.accelerator, self.folder, self.seed)
@@ -373,8 +393,9 @@ def train_autoencoder(run: Run, name: str) -> None:
     """The autoencoder of ``name``, with the scale that gives its latents unit variance."""
     device = run.accelerator.device
     words = models.vocabulary(run.folder / "tokenizer")
-    data = pictures(run.plan.scenes, run.seed, words, device)
-    ink = pictures(max(1, run.plan.scenes // 4), run.seed + 1, words, device, style="ink")
+    data = run.pictures(words)
+    fewer = max(1, run.plan.scenes // 4)
+    ink = pictures(fewer, run.seed + 1, words, device, run.pool, style="ink")
     images = torch.cat([data.images, ink.images])
     vae = models.autoencoder(name).to(device)
 
@@ -414,7 +435,7 @@ def train_base(run: Run, name: str) -> None:
     words = models.vocabulary(run.folder / "tokenizer")
     vae = _autoencoder(run, "xl-autoencoder" if name == "xl" else "autoencoder")
     shrunk = SHRUNK if name == "xl" else 0.0
-    data = pictures(run.plan.scenes, run.seed, words, device, shrunk=shrunk)
+    data = run.pictures(words, shrunk=shrunk)
     latents = encoded(vae, data.images)
     denoiser = models.unet(name).to(device)
     texts = [text.to(device) for text in models.text_encoders(name, words)]
@@ -430,13 +451,12 @@ def train_ink(run: Run) -> None:
     """A LoRA on v1's UNet, from pictures in ink alone."""
     from peft import LoraConfig, get_peft_model_state_dict
 
-    device = run.accelerator.device
     base = _base(run)
     denoiser = base.unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
     denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
     base.text_encoder.requires_grad_(False)
-    data = pictures(run.plan.scenes, run.seed, base.tokenizer, device, style="ink")
+    data = run.pictures(base.tokenizer, style="ink")
     latents = encoded(base.vae, data.images)
     loss = DenoisingLoss(denoiser, [base.text_encoder], models.scheduler("v1"))
     run.fit(loss, _denoising_batches(data, latents, base.tokenizer))
@@ -453,7 +473,7 @@ def train_edge(run: Run) -> None:
     control = models.controlnet(base.unet).to(device)
     for part in (base.unet, base.text_encoder):
         part.requires_grad_(False)
-    data = pictures(run.plan.scenes, run.seed, base.tokenizer, device, outlines=True)
+    data = run.pictures(base.tokenizer, outlines=True)
     latents = encoded(base.vae, data.images)
     loss = DenoisingLoss(base.unet, [base.text_encoder], models.scheduler("v1"), control)
     run.fit(loss, _denoising_batches(data, latents, base.tokenizer))
@@ -510,17 +530,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = PLANS[given.model]
     asked = {name: getattr(given, name) for name in ("steps", "batch", "scenes")}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
-    precision = "bf16" if torch.cuda.is_available() else "no"
-    run = Run(
-        plan,
-        Accelerator(mixed_precision=precision),
-        given.out / given.model,
-        given.runs / given.model,
-        given.seed,
-    )
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
-    run.folder.mkdir(parents=True, exist_ok=True)
-    TRAINERS[given.model](run)
+    # Before CUDA and threads are there, which a forked process could not use.
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pool.submit(int).result()
+        precision = "bf16" if torch.cuda.is_available() else "no"
+        run = Run(
+            plan,
+            Accelerator(mixed_precision=precision),
+            given.out / given.model,
+            given.runs / given.model,
+            given.seed,
+            pool,
+        )
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        run.folder.mkdir(parents=True, exist_ok=True)
+        TRAINERS[given.model](run)
     if run.accelerator.is_main_process and run.out.exists():
         checksums.write(run.out)
 
