@@ -51,12 +51,12 @@ class Plan:
 
 
 PLANS = {
-    "autoencoder": Plan(8_000, 64, 1e-3, 40_000),
+    "autoencoder": Plan(6_000, 64, 1e-3, 40_000),
     "v1": Plan(14_000, 384, 1e-3, 150_000),
     "v2": Plan(16_000, 384, 1e-3, 200_000),
     "v1-ink": Plan(2_000, 128, 1e-3, 20_000),
     "v1-edge": Plan(5_000, 128, 5e-4, 40_000),
-    "xl-autoencoder": Plan(6_000, 64, 1e-3, 40_000),
+    "xl-autoencoder": Plan(5_000, 64, 1e-3, 40_000),
     "xl": Plan(12_000, 256, 1e-3, 100_000),
 }
 
