@@ -35,6 +35,7 @@ from transformers import CLIPTokenizer
 from sdcore.embedded import FOLDER, checksums, load, models, tokenizer, world
 
 CAPTIONS = 4  # of each scene
+SNR_BOUND = 5.0  # of the weight of a timestep
 UNCONDITIONAL = 0.1  # share of prompts left empty, for guidance
 SHRUNK = 0.2  # share of pictures of xl that were enlarged from fewer pixels
 CHECKPOINT_SECONDS = 60
@@ -51,13 +52,13 @@ class Plan:
 
 
 PLANS = {
-    "autoencoder": Plan(6_000, 64, 1e-3, 40_000),
-    "v1": Plan(14_000, 384, 1e-3, 150_000),
-    "v2": Plan(16_000, 384, 1e-3, 200_000),
-    "v1-ink": Plan(2_000, 128, 1e-3, 20_000),
-    "v1-edge": Plan(5_000, 128, 5e-4, 40_000),
-    "xl-autoencoder": Plan(5_000, 64, 1e-3, 40_000),
-    "xl": Plan(12_000, 256, 1e-3, 100_000),
+    "autoencoder": Plan(12_000, 32, 1e-3, 40_000),
+    "v1": Plan(14_000, 192, 1e-3, 150_000),
+    "v2": Plan(16_000, 192, 1e-3, 200_000),
+    "v1-ink": Plan(1_500, 96, 1e-3, 20_000),
+    "v1-edge": Plan(4_000, 96, 5e-4, 40_000),
+    "xl-autoencoder": Plan(9_000, 32, 1e-3, 40_000),
+    "xl": Plan(12_000, 128, 1e-3, 100_000),
 }
 
 
@@ -173,7 +174,11 @@ class AutoencoderLoss(nn.Module):
 
 
 class DenoisingLoss(nn.Module):
-    """Of a UNet and its text encoders; or of a ControlNet beside a UNet that stays as it is."""
+    """Of a UNet and its text encoders; or of a ControlNet beside a UNet that stays as it is.
+
+    The mean square error of the clean latents, weighted with the signal-to-noise ratio up to
+    SNR_BOUND (Hang et al., 2023, arXiv:2303.09556): else the last details would weigh the most.
+    """
 
     def __init__(
         self,
@@ -185,6 +190,7 @@ class DenoisingLoss(nn.Module):
         super().__init__()
         self.denoiser, self.texts, self.control = denoiser, nn.ModuleList(texts), control
         self.scheduler = scheduler
+        self.register_buffer("alphas", scheduler.alphas_cumprod, persistent=False)
 
     def forward(self, latents: Tensor, tokens: Tensor, outlines: Tensor, sides: Tensor) -> Tensor:
         noise = torch.randn_like(latents)
@@ -200,10 +206,18 @@ class DenoisingLoss(nn.Module):
                 "mid_block_additional_residual": middle,
             }
         found = self.denoiser(noisy, steps, context, **options).sample
-        wanted = noise
+        alpha = self.alphas[steps]
+        ratio = alpha / (1 - alpha)
+        weight = ratio.clamp(max=SNR_BOUND)
         if self.scheduler.config.prediction_type == "v_prediction":
-            wanted = self.scheduler.get_velocity(latents, noise, steps)
-        return F.mse_loss(found.float(), wanted.float())
+            wanted, weight = (
+                self.scheduler.get_velocity(latents, noise, steps),
+                weight / (ratio + 1),
+            )
+        else:
+            wanted, weight = noise, weight / ratio
+        errors = (found.float() - wanted.float()).square().mean((1, 2, 3))
+        return (weight * errors).mean()
 
     def _context(self, tokens: Tensor, sides: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the UNet reads, as the pipelines make it."""
@@ -258,6 +272,7 @@ def fit(
     run that goes on does what it would have done.
     """
     on_gpu = accelerator.device.type == "cuda"
+    loss.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         _trained(loss).values(), plan.rate, weight_decay=0.01, fused=on_gpu
     )
@@ -298,6 +313,7 @@ def fit(
             save_checkpoint(run, step + 1, loss, optimizer, average)
             saved = time.monotonic()
     average.copy_to(loss)
+    loss.to(memory_format=torch.contiguous_format)  # as files hold it
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -394,13 +410,14 @@ def train_autoencoder(run: Run, name: str) -> None:
     device = run.accelerator.device
     words = models.vocabulary(run.folder / "tokenizer")
     data = run.pictures(words)
-    fewer = max(1, run.plan.scenes // 4)
+    fewer = max(1, run.plan.scenes // 2)
     ink = pictures(fewer, run.seed + 1, words, device, run.pool, style="ink")
     images = torch.cat([data.images, ink.images])
     vae = models.autoencoder(name).to(device)
 
     def batch_of(generator: torch.Generator, size: int) -> tuple[Tensor, ...]:
-        return (as_input(images[_chosen(len(images), size, generator)]),)
+        batch = as_input(images[_chosen(len(images), size, generator)])
+        return (batch.contiguous(memory_format=torch.channels_last),)
 
     run.fit(AutoencoderLoss(vae), batch_of)
     scale = 1 / encoded(vae.eval(), images[:2000]).std().item()
@@ -425,7 +442,8 @@ def _denoising_batches(
         drawn = data.outlines
         if len(drawn):
             drawn = drawn[chosen].float().expand(-1, 3, -1, -1) / 255
-        return latents[chosen], torch.where(dropped, blank, tokens), drawn, data.sides[chosen]
+        batch = latents[chosen].contiguous(memory_format=torch.channels_last)
+        return batch, torch.where(dropped, blank, tokens), drawn, data.sides[chosen]
 
     return batch_of
 
