@@ -1,7 +1,8 @@
-"""The figure that ``sdcore recolor`` draws."""
+"""The figures that ``sdcore recolor`` and :class:`sdcore.Observe` draw."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 # Enough that a cloud of pixels looks full, few enough that dots do not hide each other.
 DOTS = 5000
 INK, FAINT = "#222222", "#9a9a9a"
+LINES = ("#1f5fbf", "#d62728", "#2a9134")
 CHANNELS = (("red", "#d62728"), ("green", "#2a9134"), ("blue", "#1f5fbf"))
 
 
@@ -101,3 +103,33 @@ def _draw_distributions(panel: SubFigure, images: dict[str, np.ndarray]) -> None
         axes.spines[["left", "bottom"]].set_color(FAINT)
     each[0].set_ylabel("share of pixels below", color=INK)
     each[0].legend(frameon=False, labelcolor=INK, loc="best")
+
+
+def draw_lines(
+    at: Sequence[float], panels: Sequence[tuple[str, dict[str, Sequence[float]]]]
+) -> Figure:
+    """A panel for each title, with its lines over the steps ``at``; a line's label may be empty."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(
+        figsize=(4.6 * len(panels), 3.6), dpi=110, facecolor="white", layout="constrained"
+    )
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for (label, values), color in zip(lines.items(), LINES, strict=False):
+            axes.plot(
+                at, values, color=color, linewidth=1.6, marker="o", markersize=2.5, label=label
+            )
+        axes.set_title(title, color=INK, fontsize=11)
+        axes.set_xlabel("step", color=INK)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(colors=FAINT, labelcolor=INK)
+        axes.grid(color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        if any(lines):
+            axes.legend(frameon=False, labelcolor=INK, loc="best")
+    return figure

@@ -1,0 +1,1 @@
+"""Methods for :func:`sdcore.patch`."""
