@@ -124,7 +124,7 @@ def draw_lines(
             )
         axes.set_title(title, color=INK, fontsize=11)
         axes.set_xlabel("step", color=INK)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(max(values) for values in lines.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(colors=FAINT, labelcolor=INK)
         axes.grid(color="#eeeeee")

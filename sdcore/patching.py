@@ -104,6 +104,7 @@ class Run:
         self._states = {id(method): SimpleNamespace() for method in methods}
         self._table: tuple[Any, Tensor] | None = None
         self._latents: Tensor | None = None
+        self._timestep: Tensor | float = 0
         self._exploding = False
         self._shift: Tensor | None = None
         self._level: tuple[Tensor, Tensor] | None = None
@@ -123,9 +124,19 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the scheduler's steps that are done, in [0, 1)."""
-        first = getattr(self.scheduler, "begin_index", None) or 0
-        return self.steps_done / max(1, len(self.scheduler.timesteps) - first)
+        """The share of the scheduler's steps, from the first that was made, that are done: in
+        [0, 1)."""
+        return self.steps_done / max(1, len(self.scheduler.timesteps) - self._first)
+
+    @functools.cached_property
+    def _first(self) -> int:
+        """The number of the run's first step: 0, unless it began from a picture."""
+        known = getattr(self.scheduler, "begin_index", None)
+        if known is not None:
+            return known
+        # DDIM and DDPM don't know it. This waits for the GPU, once a run.
+        there = (self.scheduler.timesteps == self._timestep).nonzero()
+        return max(0, int(there[0]) - self.steps_done) if len(there) else 0
 
     def noise_level(self, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
         """(alpha, sigma): the UNet's input is alpha · (clean latents) + sigma · (noise), with
@@ -384,7 +395,7 @@ def _check_pipeline(pipe: Any) -> None:
     lacks = [part for part in ("unet", "scheduler", "vae") if getattr(pipe, part, None) is None]
     if not lacks:
         calls = {
-            "unet": (pipe.unet.forward, ("sample", "timestep", "encoder_hidden_states")),
+            "unet": (_forward(pipe.unet), ("sample", "timestep", "encoder_hidden_states")),
             "scheduler.step": (pipe.scheduler.step, ("model_output", "timestep", "sample")),
         }
         for part, (function, names) in calls.items():
@@ -405,6 +416,11 @@ def _check_pipeline(pipe: Any) -> None:
                 f"{name} can't be patched: with {extra} its UNet gets three rows for each picture, "
                 "of which only the negative prompt's and the prompt's are known here"
             )
+
+
+def _forward(unet: Any) -> Callable[..., Any]:
+    """Also of what ``torch.compile`` returned."""
+    return getattr(unet, "_orig_mod", unet).forward
 
 
 def _remove(pipe: Any, methods: tuple[Method, ...]) -> None:
@@ -632,7 +648,7 @@ class _UNet(_StandIn):
     ) -> Any:
         unet, run = self._target, self._run
         if args:
-            options |= _named(unet.forward, args, after=3)
+            options |= _named(_forward(unet), args, after=3)
             return_dict = options.pop("return_dict", return_dict)
 
         def model(call: Call) -> Tensor:
@@ -645,6 +661,7 @@ class _UNet(_StandIn):
                 return_dict=False,
             )[0]
 
+        run._timestep = timestep
         call = Call(run, sample, timestep, encoder_hidden_states, options)
         with _outside():
             out = _around(run, "denoise", model)(call)

@@ -83,3 +83,21 @@ def options(kind: str) -> dict[str, Any]:
 def images(pipe: Any, kind: str, **more: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return pipe(**options(kind) | more, generator=generator).images
+
+
+class Small(diffusers.StableDiffusionPipeline):
+    """A pipeline of someone's own, which takes few steps and pixels."""
+
+    steps = STEPS
+
+    def __call__(self, prompt: str, **options: Any) -> Any:
+        return super().__call__(
+            prompt, height=SIDE, width=SIDE, num_inference_steps=self.steps, **options
+        )
+
+
+def small(tokens: CLIPTokenizer, steps: int = STEPS) -> Small:
+    pipe = pipeline("SD", "text-to-image", tokens)
+    pipe.__class__ = Small
+    pipe.steps = steps
+    return pipe

@@ -192,7 +192,6 @@ def test_a_plain_pipeline(tokens: Any, family: str, kind: str) -> None:
         {"guidance_rescale": 0.7},
         {"guess_mode": True},
         {"num_images_per_prompt": 2},
-        {"clip_skip": 1},
         {"output_type": "latent"},
         {"return_dict": False},
         {"eta": 0.5},
@@ -465,17 +464,25 @@ def models_projection(pipe: Any) -> int:
     return pipe.text_encoder_2.config.projection_dim
 
 
+class ControlNetCutoff(callbacks.SDCFGCutoffCallback):
+    tensor_inputs = ["prompt_embeds", "image"]  # noqa: RUF012
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["image"] = callback_kwargs["image"][-1:]
+        return super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
+
+
 @pytest.mark.parametrize(("family", "kind"), EVERY)
 def test_a_callback_that_ends_guidance(tokens: Any, family: str, kind: str) -> None:
     """The batch goes from two rows to one in mid-run: by position, the prompt's would then count as
     the negative prompt's."""
-    name = {
-        ("SD", "text-to-image"): "SDCFGCutoffCallback",
-        ("SD", "ControlNet"): "SDCFGCutoffCallback",
-        ("SDXL", "text-to-image"): "SDXLCFGCutoffCallback",
-        ("SDXL", "ControlNet"): "SDXLControlnetCFGCutoffCallback",
-    }[family, kind]
-    cutoff = getattr(callbacks, name)(cutoff_step_ratio=None, cutoff_step_index=0)
+    cutoff = {
+        ("SD", "text-to-image"): callbacks.SDCFGCutoffCallback,
+        ("SD", "ControlNet"): ControlNetCutoff,  # Diffusers has none
+        ("SDXL", "text-to-image"): callbacks.SDXLCFGCutoffCallback,
+        ("SDXL", "ControlNet"): callbacks.SDXLControlnetCFGCutoffCallback,
+    }[family, kind](cutoff_step_ratio=None, cutoff_step_index=0)
     pipe = pipelines.pipeline(family, kind, tokens)
     more = {"callback_on_step_end": cutoff}
     leaves_no_trace(pipe, kind, **more)
@@ -513,8 +520,9 @@ def test_copies_pickles_and_files_are_unpatched(
     tokens: Any, tmp_path: Any, family: str, kind: str
 ) -> None:
     pipe = pipelines.pipeline(family, kind, tokens)
-    before = pipelines.images(pipe, kind)
     was = dict(pipe.config)
+    # Before the first run: Transformers puts hooks on SDXL's text encoders then, which can't be
+    # pickled.
     with sdcore.patch(pipe, NoOp()):
         pipe.save_pretrained(tmp_path)
         others = [
@@ -523,7 +531,8 @@ def test_copies_pickles_and_files_are_unpatched(
             pickle.loads(pickle.dumps(pipe)),
             type(pipe).from_pretrained(tmp_path),
         ]
-        assert dict(pipe.config) == was
+        assert dict(pipe.config) | was == dict(pipe.config)  # saving adds the class's name
+    before = pipelines.images(pipe, kind)
     for other in others:
         assert type(other) is type(pipe)
         assert other not in patching._patched
@@ -569,7 +578,7 @@ def test_an_error_in_mid_run(
     with monkeypatch.context() as patched, pytest.raises(error, match="in mid-run"):
         more = {}
         if where == "unet":
-            remove = pipe.unet.register_forward_pre_hook(lambda *_: fail() and None)
+            remove = pipe.unet.register_forward_pre_hook(lambda *_: fail() or None)
         elif where == "scheduler":
             real = pipe.scheduler.step
             patched.setattr(
@@ -650,7 +659,7 @@ def test_inference_mode(tokens: Any) -> None:
     ("methods", "error", "message"),
     [
         ((), ValueError, "at least one method"),
-        ((NoOp,), TypeError, r"got the class NoOp; give an object of it: NoOp\(…\)"),
+        ((NoOp,), TypeError, r"got the class NoOp; give an object: NoOp\(…\)"),
         (("NoOp",), TypeError, "methods must be objects of sdcore.Method; got 'NoOp'"),
         ((NoOp(), NoOp()), ValueError, "a NoOp is on this pipeline already; remove it first"),
     ],
@@ -695,7 +704,7 @@ def test_what_is_no_pipeline_of_ours(tokens: Any) -> None:
     with pytest.raises(TypeError, match="UNet2DConditionModel can't be patched: it has no unet"):
         sdcore.patch(pipe.unet, NoOp())
     with pytest.raises(TypeError, match="no unet, no do_classifier_free_guidance"):
-        sdcore.patch(diffusers.FluxPipeline(None, pipe.vae, None, None, None, None, None), NoOp())
+        sdcore.patch(diffusers.FluxPipeline(pipe.scheduler, pipe.vae, *[None] * 5), NoOp())
     pag = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
     with pytest.raises(TypeError, match="with pag_scale its UNet gets three rows"):
         sdcore.patch(pag, NoOp())
@@ -900,7 +909,8 @@ OTHER_SCHEDULERS = [
     "UniPCMultistepScheduler",
     "DPMSolverSinglestepScheduler",
 ]
-PLAIN_LEVEL = {"timestep_spacing": "leading"}
+# As Stable Diffusion has it: with three steps it has no others.
+MORE = {"PNDMScheduler": {"skip_prk_steps": True}}
 
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, *OTHER_SCHEDULERS])
@@ -909,7 +919,7 @@ def test_noise_level(tokens: Any, name: str, karras: bool) -> None:
     """By noising latents as the scheduler does: what its step would take for clean ones."""
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     kind = getattr(diffusers, name)
-    options = PLAIN_LEVEL
+    options = MORE.get(name, {})
     if karras:
         if "use_karras_sigmas" not in inspect.signature(kind).parameters:
             pytest.skip(f"{name} has no such option")
@@ -979,7 +989,8 @@ def test_which_schedulers_follow_a_move(tokens: Any, name: str) -> None:
     """Measured: at each call, how far the step's result moves with its sample. Those that lose a
     part of it are refused by name."""
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    kind = getattr(diffusers, name)
+    scheduler = kind.from_config(pipe.scheduler.config, **MORE.get(name, {}))
     scheduler.set_timesteps(8)
     follows, sigmas = [], getattr(scheduler, "sigmas", None)
     seeded = "generator" in inspect.signature(scheduler.step).parameters
