@@ -1,0 +1,187 @@
+"""What a method that does nothing costs: a step of an SDXL pipeline with it and without it.
+
+``python -m benchmarks.bench_patching [--device cuda] [--csv FILE]``
+
+On a GPU the UNet has the size of SDXL's, with random weights in bfloat16, for pictures of 1024
+pixels, with guidance; on a CPU that of the embedded one. Times are wall-clock, of whole calls
+without decoding, divided by the steps; with and without take turns, and their medians
+are compared. "host alone" has a UNet that returns at once: what is added there is the host's work,
+an upper bound of what it can add elsewhere. Results must agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+import sdcore
+from benchmarks import measure
+from sdcore import graphs
+from sdcore.embedded import models
+
+STEPS, TURNS = 10, 9
+# https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+class NoOp(sdcore.Method):
+    """Each part, and nothing in it."""
+
+    def denoise(self, call: sdcore.patching.Call, proceed: Callable) -> torch.Tensor:
+        return proceed(call)
+
+    def step(self, step: sdcore.patching.Step, proceed: Callable) -> torch.Tensor:
+        return proceed(step)
+
+    def decode(self, latents: torch.Tensor, proceed: Callable) -> torch.Tensor:
+        return proceed(latents)
+
+
+def pipeline(device: str) -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
+    """One without text encoders, and what it is called with."""
+    torch.manual_seed(0)
+    if device == "cuda":
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            unet = UNet2DConditionModel(**SDXL)
+        torch.set_default_dtype(torch.float32)
+        pooled = 1280
+    else:
+        unet, pooled = models.unet("xl"), models.TEXTS["xl"][1][0]
+    with tempfile.TemporaryDirectory() as folder:
+        words = models.vocabulary(Path(folder))
+    pipe = StableDiffusionXLPipeline(
+        vae=models.autoencoder("xl").to(device),
+        unet=unet.eval(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=words,
+        tokenizer_2=words,
+        scheduler=models.scheduler("xl"),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    dtype, width = unet.dtype, unet.config.cross_attention_dim
+    side = unet.config.sample_size
+    options = {
+        "prompt_embeds": torch.randn(1, 77, width, device=device, dtype=dtype),
+        "negative_prompt_embeds": torch.randn(1, 77, width, device=device, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(1, pooled, device=device, dtype=dtype),
+        "negative_pooled_prompt_embeds": torch.randn(1, pooled, device=device, dtype=dtype),
+        "latents": torch.randn(1, 4, side, side, device=device, dtype=dtype),
+        "height": side * pipe.vae_scale_factor,
+        "width": side * pipe.vae_scale_factor,
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+    }
+    return pipe, options
+
+
+def forward(unet: UNet2DConditionModel, how: str) -> Callable[..., Any]:
+    real = unet.forward
+    if how == "eager":
+        return real
+    if how == "host alone":
+        kept: list[torch.Tensor] = []
+
+        def other(sample: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor]:
+            if not kept:
+                kept.append(0.1 * torch.ones_like(sample))
+            return (kept[0],)
+    else:
+        captured = graphs.Graphs(real, "UNet")
+        captured.state = graphs.module_state(unet)
+
+        def other(*args: Any, **options: Any) -> tuple[torch.Tensor]:
+            return captured(*args, **options)
+
+    return functools.wraps(real)(other)
+
+
+def rows_of(pipe: Any, options: dict[str, Any], how: str, device: str) -> list[measure.Row]:
+    def timed() -> tuple[float, torch.Tensor]:
+        start = time.perf_counter()
+        out = pipe(**options).images
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / STEPS, out
+
+    pipe.unet.forward = forward(pipe.unet, how)
+    timed()
+    wanted = timed()[1]
+    without, with_it, same = [], [], True
+    for turn in range(2 * TURNS):
+        # In the order a b b a, so that a drift of the clock does not count.
+        if turn % 4 in (0, 3):
+            milliseconds, found = timed()
+            without.append(milliseconds)
+        else:
+            with sdcore.patch(pipe, NoOp()):
+                milliseconds, found = timed()
+            with_it.append(milliseconds)
+        same &= found.equal(wanted)
+    del pipe.unet.forward
+    assert same, f"{how}: the results differ"
+    added = statistics.median(with_it) - statistics.median(without)
+    share = 100 * added / statistics.median(without)
+    what = f"SDXL, {options['height']}², 2 rows" if device == "cuda" else "embedded xl, 2 rows"
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    return [
+        measure.Row(
+            "patching",
+            f"a step, {what}, {how}",
+            name,
+            dtype,
+            statistics.median(times),
+            (max(times) - min(times)) / 2,
+            "wall clock",
+            check,
+            device=device,
+        )
+        for name, times, check in (
+            ("without", without, "the reference"),
+            (
+                "a method that does nothing",
+                with_it,
+                f"bit-identical; {1e3 * added:+.1f} µs, {share:+.2f} %",
+            ),
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    pipe, options = pipeline(given.device)
+    ways = ["host alone", "eager", *(["CUDA graph"] if given.device == "cuda" else [])]
+    rows = [row for how in ways for row in rows_of(pipe, options, how, given.device)]
+    measure.report(rows, given.csv)
+
+
+if __name__ == "__main__":
+    main()
