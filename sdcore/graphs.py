@@ -7,9 +7,11 @@ make up the key under which it is kept.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ class Graphs:
     stands for. Results are new tensors, each call's own.
 
     It is called, and the reason logged once, where tensors are not on a GPU, where ``state`` says
-    so, and where a capture fails, as it does if ``function`` waits for the GPU.
+    so, where it waits for the GPU, and where a capture fails. Threads and streams take turns.
 
     Args:
         function: what to capture.
@@ -48,6 +50,8 @@ class Graphs:
         self._kept: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._said: set[str] = set()
         self._pool: Any = None
+        self._lock = threading.Lock()
+        self._copied: torch.cuda.Event | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors: list[Tensor] = []
@@ -56,24 +60,42 @@ class Graphs:
         if reason is not None:
             self._say(reason)
             return self.function(*args, **kwargs)
-        key = layout, self.state, _modes()
+        with self._lock:
+            graph = self._graph((layout, self.state, _modes()), args, kwargs, tensors)
+            if graph is not None:
+                return self._replayed(graph, tensors)
+        return self.function(*args, **kwargs)
+
+    def _graph(
+        self, key: Hashable, args: Any, kwargs: Any, tensors: list[Tensor]
+    ) -> _Captured | None:
+        """None if its capture failed."""
         if key not in self._kept:
             self._kept[key] = self._captured(args, kwargs, tensors)
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        graph = self._kept[key]
-        if graph is None:  # its capture failed
-            return self.function(*args, **kwargs)
+        return self._kept[key]
+
+    def _replayed(self, graph: _Captured, tensors: list[Tensor]) -> Any:
+        stream = torch.cuda.current_stream(tensors[0].device)
+        if self._copied is not None:  # by whichever stream had the graph before
+            stream.wait_event(self._copied)
+        torch._foreach_copy_(graph.inputs, tensors)
+        graph.graph.replay()
+        out = _copied(graph.out)
+        self._copied = stream.record_event()
         self.replays += 1
-        return graph.replay(tensors)
+        return out
 
     def clear(self) -> None:
         """Drops all graphs, and gives their memory back."""
-        self._kept.clear()
-        if self._pool is not None:
-            self._pool = None
-            torch.cuda.empty_cache()
+        with self._lock:
+            self._kept.clear()
+            self._copied = None
+            if self._pool is not None:
+                self._pool = None
+                torch.cuda.empty_cache()
 
     def _why_not(self, tensors: list[Tensor]) -> str | None:
         if isinstance(self.state, str):
@@ -98,27 +120,53 @@ class Graphs:
         inputs = [one.clone() for one in tensors]
         again = iter(inputs)
         args, kwargs = _filled((args, kwargs), again)
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.function(*args, **kwargs)
-            torch.cuda.current_stream().wait_stream(side)
-            # One pool for all: results are copied out, so that no graph's memory is in use when
-            # another runs.
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on using the GPU.
-                with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-                    out = self.function(*args, **kwargs)
-            except RuntimeError as error:
-                torch.cuda.synchronize()
-                self._say(f"its capture failed: {str(error).splitlines()[0]}")
-                return None
+        side = torch.cuda.Stream(device)
+        graph = torch.cuda.CUDAGraph()
+        # One pool for all: results are copied out before another graph runs.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.device(device), _casts_anew():
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        self.function(*args, **kwargs)
+                    # In a capture, waiting is an error that harms more than the capture.
+                    with _waiting_is_an_error():
+                        self.function(*args, **kwargs)
+                    # Other threads may go on using the GPU.
+                    with torch.cuda.graph(
+                        graph, self._pool, stream=side, capture_error_mode="thread_local"
+                    ):
+                        out = self.function(*args, **kwargs)
+                torch.cuda.current_stream().wait_stream(side)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._say(f"its capture failed: {str(error).splitlines()[0]}")
+            return None
         self.captures += 1
         return _Captured(graph, inputs, out)
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _casts_anew() -> Iterator[None]:
+    """Autocast keeps the weights that it cast, and drops them at its end. A graph must cast."""
+    enabled = torch.is_autocast_enabled("cuda")
+    with torch.autocast(
+        "cuda", torch.get_autocast_dtype("cuda"), enabled=enabled, cache_enabled=False
+    ):
+        torch.clear_autocast_cache()
+        yield
 
 
 @dataclass
@@ -126,11 +174,6 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     out: Any
-
-    def replay(self, tensors: list[Tensor]) -> Any:
-        torch._foreach_copy_(self.inputs, tensors)
-        self.graph.replay()
-        return _copied(self.out)
 
 
 def _layout(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -196,25 +239,35 @@ def module_state(module: nn.Module) -> Hashable:
             return (
                 f"a hook of accelerate is on {name or type(module).__name__}: it may be offloaded"
             )
-    return tuple(tensor.data_ptr() for _, tensor in tensors), adapter_state(module)
+    where = tuple((one.data_ptr(), one.dtype, one.shape, one.stride()) for _, one in tensors)
+    return where, settings(module)
 
 
-def adapter_state(module: nn.Module) -> Hashable:
-    """The numbers of PEFT's layers and IP-Adapter's processors, and which parts train."""
+def settings(module: nn.Module) -> Hashable:
+    """What a module's parts hold besides tensors: numbers, such as those of PEFT's layers, of
+    IP-Adapter's processors and of FreeU; processors; hooks; a ``forward`` in place of the class's.
+    """
     return tuple(
-        (part.training, _adapters(part), _adapters(getattr(part, "processor", None)))
+        (
+            type(part),
+            _plain(vars(part)),
+            vars(part).get("forward"),
+            tuple(part._forward_hooks.values()),
+            tuple(part._forward_pre_hooks.values()),
+            processor,
+            None if processor is None else _plain(vars(processor)),
+        )
         for part in module.modules()
+        for processor in (getattr(part, "processor", None),)
     )
 
 
-def _adapters(part: Any) -> Hashable:
-    found: list[Hashable] = []
-    for name in ("scaling", "scale", "active_adapters", "merged_adapters", "disable_adapters"):
-        value = getattr(part, name, None)
-        if isinstance(value, dict):
-            value = tuple(sorted(value.items()))
-        elif isinstance(value, list):
-            value = tuple(value)
-        if isinstance(value, (bool, int, float, str, tuple)):
-            found.append((name, value))
-    return (type(part), *found) if found else None
+def _plain(value: Any) -> Hashable:
+    """The numbers, strings and None in it, and in what it holds; of anything else, nothing."""
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(one)) for key, one in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(one) for one in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value), value
+    return None

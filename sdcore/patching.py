@@ -13,6 +13,7 @@ were put on: the last sees a call first, and its result last.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import inspect
 import threading
@@ -21,7 +22,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ class Run:
         self._timestep: Tensor | float = 0
         self._exploding = False
         self._shift: Tensor | None = None
-        self._level: tuple[Tensor, Tensor] | None = None
+        self._index: int | None = None
+        self._level: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def of(self, method: Method) -> SimpleNamespace:
         """What ``method`` keeps for this run."""
@@ -126,6 +127,8 @@ class Run:
     def progress(self) -> float:
         """The share of the scheduler's steps, from the first that was made, that are done: in
         [0, 1)."""
+        if self.steps_done == 0:
+            return 0.0
         return self.steps_done / max(1, len(self.scheduler.timesteps) - self._first)
 
     @functools.cached_property
@@ -140,33 +143,49 @@ class Run:
 
     def noise_level(self, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
         """(alpha, sigma): the UNet's input is alpha · (clean latents) + sigma · (noise), with
-        alpha² + sigma² = 1. Scalars of float32 on the latents' device; nothing waits for it.
+        alpha² + sigma² = 1; alpha may be 0. Scalars of float32 on the latents' device. Nothing
+        waits for it, but at the first step where the scheduler does not yet know which it is.
 
-        From the scheduler's ``sigmas`` (s) where it has one for each timestep: 1 / √(1 + s²) and
-        s / √(1 + s²). Else by its ``alphas_cumprod``; between two timesteps by the logarithm of s.
+        For the timestep of this step from the scheduler's ``sigmas`` (s), where it has one for each
+        timestep: 1 / √(1 + s²) and s / √(1 + s²). Else by its ``alphas_cumprod``; between two
+        timesteps by the logarithm of s.
+
+        Raises:
+            ValueError: the scheduler scales otherwise, as those of EDM and of flow matching do.
         """
         scheduler = self.scheduler
+        self._check_scaling()
         device = self._device(timestep)
         sigmas, timesteps = getattr(scheduler, "sigmas", None), scheduler.timesteps
-        if sigmas is not None and len(sigmas) == len(timesteps) + 1:
-            s = self._on(device, sigmas)[self._index(timestep)]
+        now = timestep is self._timestep
+        if now and sigmas is not None and len(sigmas) == len(timesteps) + 1:
+            if self._index is None:
+                self._index = scheduler.index_for_timestep(timestep)
+            s = self._on(device, sigmas)[self._index]
             alpha = (1 + s * s).rsqrt()
             return alpha, s * alpha
-        products = getattr(scheduler, "alphas_cumprod", None)
-        if products is None:
-            raise ValueError(
-                f"the noise level is not known: {type(scheduler).__name__} has neither sigmas for "
-                "each timestep nor alphas_cumprod"
-            )
-        products = self._on(device, products)
-        at = torch.as_tensor(timestep, device=device).float().flatten()[0]
-        low, high = (
-            products[part.long().clamp(0, len(products) - 1)] for part in (at.floor(), at.ceil())
+        products = self._on(device, scheduler.alphas_cumprod)
+        at = torch.as_tensor(timestep, device=device).float().flatten()[:1]
+        first, second = (
+            products.index_select(0, part.long().clamp(0, len(products) - 1))[0]
+            for part in (at.floor(), at.ceil())
         )
-        # ln(s²) of two neighbors
-        low, high = ((1 - part).log() - part.log() for part in (low, high))
-        ratio = low.lerp(high, at - at.floor())
+        between = (at - at.floor())[0]
+        # ln(s²) of two neighbors, of which the first is infinite where no signal is left.
+        low, high = ((1 - part).log() - part.log() for part in (first, second))
+        ratio = torch.where(between == 0, low, low.lerp(high, between))
         return (-ratio).sigmoid().sqrt(), ratio.sigmoid().sqrt()
+
+    def _check_scaling(self) -> None:
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        other = next((key for key in ("sigma_data", "use_flow_sigmas") if config.get(key)), None)
+        if other is None and not hasattr(self.scheduler, "alphas_cumprod"):
+            other = "no alphas_cumprod"
+        if other is not None:
+            raise ValueError(
+                f"the noise level is not known: {name} has {other}, and so does not mix clean "
+                "latents and noise with alpha² + sigma² = 1"
+            )
 
     def _device(self, timestep: Tensor | float) -> torch.device:
         if self._latents is not None:
@@ -179,12 +198,11 @@ class Run:
             self._table = table, table.to(device, torch.float32)
         return self._table[1]
 
-    def _index(self, timestep: Tensor | float) -> int:
-        scheduler = self.scheduler
-        for known in (scheduler.step_index, scheduler.begin_index):
-            if known is not None:
-                return known
-        return scheduler.index_for_timestep(timestep)
+    def _enter(self, timestep: Tensor | float) -> None:
+        """At a call of the UNet: which of the scheduler's steps it belongs to, if that is known."""
+        self._timestep = timestep
+        known = getattr(self.scheduler, "step_index", None)
+        self._index = getattr(self.scheduler, "begin_index", None) if known is None else known
 
 
 @dataclass(frozen=True)
@@ -213,18 +231,19 @@ class Call:
 
     @property
     def alpha(self) -> Tensor:
-        """See :meth:`Run.noise_level`."""
+        """The share of the clean latents: see :meth:`Run.noise_level`."""
         return self._level()[0]
 
     @property
     def sigma(self) -> Tensor:
-        """See :meth:`Run.noise_level`."""
+        """The share of the noise: see :meth:`Run.noise_level`."""
         return self._level()[1]
 
     def _level(self) -> tuple[Tensor, Tensor]:
-        if self.run._level is None:
-            self.run._level = self.run.noise_level(self.timestep)
-        return self.run._level
+        known = self.run._level
+        if known is None or known[0] is not self.timestep:
+            known = self.run._level = self.timestep, self.run.noise_level(self.timestep)
+        return known[1]
 
     @property
     def unconditional(self) -> slice | None:
@@ -296,11 +315,14 @@ class Handle:
     def __init__(self, pipe: Any, methods: tuple[Method, ...]) -> None:
         self.pipe = pipe
         self.methods = methods
+        self._removed = False
 
     def remove(self) -> None:
         """Takes these methods off. Runs that are under way keep them until they end. Without
-        effect if they are off."""
-        _remove(self.pipe, self.methods)
+        effect if that was done before."""
+        if not self._removed:
+            self._removed = True
+            _remove(self.pipe, self.methods)
 
     def __enter__(self) -> Handle:
         return self
@@ -342,26 +364,26 @@ def patch(pipe: Any, *methods: Method) -> Handle:
         if not isinstance(method, Method):
             raise TypeError(f"methods must be objects of sdcore.Method; got {method!r}")
     _check_pipeline(pipe)
+    on = _patches(pipe)
+    _check_new(methods, on.methods if on else ())
+    for method in methods:
+        method.check(pipe)
     with _lock:
-        on = _patched.get(pipe)
-        present = [*(on.methods if on else ())]
-        for method in methods:
-            _check_new(method, present)
-            method.check(pipe)
-            present.append(method)
+        on = _patches(pipe)
+        _check_new(methods, on.methods if on else ())
         if on is None:
-            on = _patched[pipe] = _Patches(type(pipe))
+            on = vars(pipe)[_KEY] = _Patches(type(pipe))
             pipe.__class__ = _patched_class(type(pipe))
-        on.methods = tuple(present)
+        on.methods += methods
+        on.leaving = _without(on.leaving, methods)
     return Handle(pipe, methods)
 
 
 def unpatch(pipe: Any) -> None:
     """Takes all methods off the pipeline. Without effect if there are none."""
-    with _lock:
-        on = _patched.get(pipe) if _can_be_key(pipe) else None
-        if on is not None:
-            _remove(pipe, on.methods)
+    on = _patches(pipe)
+    if on is not None:
+        _remove(pipe, on.methods)
 
 
 @dataclass
@@ -373,21 +395,28 @@ class _Patches:
 
 
 _lock = threading.RLock()
-_patched: WeakKeyDictionary[Any, _Patches] = WeakKeyDictionary()
+# Where a patched pipeline keeps its methods: with it, and so no longer than it.
+_KEY = "_sdcore_patches"
 # The run that the pipeline's own code is in at this moment; None while methods are at work.
 _current: ContextVar[Run | None] = ContextVar("sdcore_run", default=None)
 
 
-def _check_new(method: Method, present: list[Method]) -> None:
-    name = type(method).__name__
-    if any(one is method for one in present):
-        raise ValueError(f"this {name} is on this pipeline already")
-    if not method.repeatable and any(type(one) is type(method) for one in present):
-        raise ValueError(f"a {name} is on this pipeline already; remove it first")
+def _patches(pipe: Any) -> _Patches | None:
+    return getattr(pipe, "__dict__", {}).get(_KEY)
 
 
-def _can_be_key(pipe: Any) -> bool:
-    return getattr(type(pipe), "__hash__", None) is not None and hasattr(pipe, "__weakref__")
+def _without(some: tuple[Method, ...], others: tuple[Method, ...]) -> tuple[Method, ...]:
+    return tuple(one for one in some if not any(one is other for other in others))
+
+
+def _check_new(methods: tuple[Method, ...], present: tuple[Method, ...]) -> None:
+    for number, method in enumerate(methods):
+        name = type(method).__name__
+        there = present + methods[:number]
+        if any(one is method for one in there):
+            raise ValueError(f"this {name} is on this pipeline already")
+        if not method.repeatable and any(type(one) is type(method) for one in there):
+            raise ValueError(f"a {name} is on this pipeline already; remove it first")
 
 
 def _check_pipeline(pipe: Any) -> None:
@@ -405,9 +434,9 @@ def _check_pipeline(pipe: Any) -> None:
             lacks.append("vae.decode")
     if not hasattr(type(pipe), "do_classifier_free_guidance"):
         lacks.append("do_classifier_free_guidance")
-    if lacks or not _can_be_key(pipe):
+    if lacks:
         raise TypeError(
-            f"{name} can't be patched: it has no {', no '.join(lacks) or 'weak references'}. "
+            f"{name} can't be patched: it has no {', no '.join(lacks)}. "
             "Supported are Diffusers' pipelines of Stable Diffusion 1, 2 and XL with a UNet"
         )
     for extra in ("pag_scale", "image_guidance_scale"):
@@ -425,26 +454,28 @@ def _forward(unet: Any) -> Callable[..., Any]:
 
 def _remove(pipe: Any, methods: tuple[Method, ...]) -> None:
     with _lock:
-        on = _patched.get(pipe)
+        on = _patches(pipe)
         if on is None:
             return
-        going = tuple(one for one in on.methods if any(one is other for other in methods))
-        on.methods = tuple(one for one in on.methods if not any(one is other for other in going))
-        on.leaving += going
-        _settle(pipe, on)
+        rest = _without(on.methods, methods)
+        on.leaving += _without(on.methods, rest)
+        on.methods = rest
+    _settle(pipe, on)
 
 
-def _settle(pipe: Any, on: _Patches) -> None:
-    """When no run is under way: tells methods that they are off, and gives back the class."""
-    if on.running:
-        return
-    gone, on.leaving = on.leaving, ()
-    if not on.methods:
-        del _patched[pipe]
-        # Someone else's subclass of ours stays: without an entry in _patched it does nothing.
-        if type(pipe) is _patched_class(on.original):
-            pipe.__class__ = on.original
-    with contextlib.ExitStack() as stack:
+def _settle(pipe: Any, on: _Patches, ended: int = 0) -> None:
+    """When no run is under way: gives back the class, and tells methods that they are off."""
+    with _lock:
+        on.running -= ended
+        if on.running:
+            return
+        gone, on.leaving = on.leaving, ()
+        if not on.methods and _patches(pipe) is on:
+            del vars(pipe)[_KEY]
+            # Someone else's subclass of ours stays: without the key it does nothing.
+            if type(pipe) is _patched_class(on.original):
+                pipe.__class__ = on.original
+    with contextlib.ExitStack() as stack:  # not under the lock: they may take their time
         for method in gone:
             stack.callback(method.removed, pipe)
 
@@ -461,7 +492,7 @@ def _patched_class(original: type) -> type:
     @functools.wraps(original.__call__)
     def __call__(self, *args, **kwargs):
         with _lock:
-            on = _patched.get(self)
+            on = _patches(self)
             if on is not None:
                 on.running += 1
                 methods = on.methods
@@ -470,16 +501,15 @@ def _patched_class(original: type) -> type:
         try:
             return _run(original, self, methods, args, kwargs)
         finally:
-            with _lock:
-                on.running -= 1
-                _settle(self, on)
+            _settle(self, on, ended=1)
 
     def __new__(cls, *args, **kwargs):
         return original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         # As a pipeline without methods: copies and pickles hold no trace of them.
-        return _restored, (original, dict(self.__dict__))
+        state = {name: value for name, value in vars(self).items() if name != _KEY}
+        return copyreg.__newobj__, (original,), state
 
     def components(self):
         # Offloading puts hooks on what it finds here, and must find the modules themselves.
@@ -499,12 +529,6 @@ def _patched_class(original: type) -> type:
         "vae": _Component("vae", _VAE),
     }
     return type(original)(original.__name__, (original,), names)
-
-
-def _restored(original: type, state: dict[str, Any]) -> Any:
-    pipe = object.__new__(original)
-    pipe.__dict__.update(state)
-    return pipe
 
 
 class _Component:
@@ -545,8 +569,12 @@ def _outside() -> Iterator[None]:
 
 
 def _run(original: type, pipe: Any, methods: tuple[Method, ...], args: tuple, kwargs: dict) -> Any:
-    bound = inspect.signature(original.__call__).bind(pipe, *args, **kwargs)
+    signature = inspect.signature(original.__call__)
+    bound = signature.bind(pipe, *args, **kwargs)
     arguments = dict(list(bound.arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
     run = Run(pipe, methods, arguments)
     _check_run(run)
     with contextlib.ExitStack() as ends, _outside():
@@ -555,7 +583,7 @@ def _run(original: type, pipe: Any, methods: tuple[Method, ...], args: tuple, kw
             method.begin(run)
         token = _current.set(run)
         try:
-            return original.__call__(pipe, *args, **_with_callback_outside(kwargs))
+            return original.__call__(*_with_callbacks_outside(bound).args, **bound.kwargs)
         finally:
             _current.reset(token)
 
@@ -581,21 +609,25 @@ def _check_run(run: Run) -> None:
             )
 
 
-def _with_callback_outside(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The user's callback calls what it likes of the pipeline without the methods."""
-    callback = kwargs.get("callback_on_step_end")
-    if callback is None:
-        return kwargs
+def _with_callbacks_outside(bound: inspect.BoundArguments) -> inspect.BoundArguments:
+    """What the user's callbacks ask of the pipeline goes past the methods."""
+    for given in (bound.arguments, *bound.arguments.values()):
+        if not isinstance(given, dict):
+            continue
+        for name in ("callback_on_step_end", "callback"):
+            callback = given.get(name)
+            if callback is None or not callable(callback):
+                continue
+            given[name] = functools.partial(_outside_call, callback)
+            # Diffusers asks its own kinds of callbacks which tensors they want.
+            if hasattr(callback, "tensor_inputs"):
+                given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+    return bound
 
-    def called_outside(*args: Any, **options: Any) -> Any:
-        with _outside():
-            return callback(*args, **options)
 
-    changed = kwargs | {"callback_on_step_end": called_outside}
-    # Diffusers asks its own kinds of callbacks which tensors they want.
-    if hasattr(callback, "tensor_inputs"):
-        changed["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-    return changed
+def _outside_call(callback: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with _outside():
+        return callback(*args, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -661,7 +693,7 @@ class _UNet(_StandIn):
                 return_dict=False,
             )[0]
 
-        run._timestep = timestep
+        run._enter(timestep)
         call = Call(run, sample, timestep, encoder_hidden_states, options)
         with _outside():
             out = _around(run, "denoise", model)(call)

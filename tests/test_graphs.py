@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -73,16 +74,20 @@ def test_layouts_tell_calls_apart() -> None:
     assert tensors[0].equal(torch.ones(2, 3))
 
 
-def test_adapters_are_part_of_the_state(tmp_path: Any) -> None:
+def test_what_settings_tell_apart(tmp_path: Any) -> None:
     pytest.importorskip("diffusers")
     peft = pytest.importorskip("peft")
+    from diffusers.models import attention_processor
+
     from tests import pipelines
 
-    unet = pipelines.pipeline("SD", "text-to-image", pipelines.words(tmp_path)).unet
-    states = [graphs.adapter_state(unet)]
+    pipe = pipelines.pipeline("SD", "text-to-image", pipelines.words(tmp_path))
+    unet = pipe.unet
+    states = [graphs.settings(unet)]
 
     def changed() -> bool:
-        states.append(graphs.adapter_state(unet))
+        states.append(graphs.settings(unet))
+        hash(states[-1])
         return states[-1] not in states[:-1]
 
     assert not changed()
@@ -92,11 +97,21 @@ def test_adapters_are_part_of_the_state(tmp_path: Any) -> None:
     assert changed()
     unet.fuse_lora()
     assert changed()
-    unet.unfuse_lora()
-    assert not changed()  # as before it was fused
     unet.disable_adapters()
     assert changed()
     unet.train()
+    assert changed()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    assert changed()
+    unet.set_attn_processor(attention_processor.AttnProcessor())
+    assert changed()
+    hook = unet.mid_block.register_forward_hook(lambda *_: None)
+    assert changed()
+    hook.remove()
+    assert not changed()
+    unet.mid_block.forward = lambda *_: None
+    assert changed()
+    unet.conv_in.some = [[0.7, 0.3]]
     assert changed()
 
 
@@ -165,6 +180,7 @@ def test_random_numbers_differ_from_replay_to_replay() -> None:
     captured = graphs.Graphs(lambda x: x + torch.randn_like(x), "noise")
     x = torch.zeros(1000, device="cuda")
     assert not captured(x).equal(captured(x))
+    assert captured.captures == 1
 
 
 @gpu
@@ -178,10 +194,51 @@ def test_what_waits_for_the_gpu_is_called(caplog: pytest.LogCaptureFixture) -> N
         "waiting runs without a CUDA graph"
     ]
     assert captured.captures == 0
-    # What comes after a failed capture works.
+    # And nothing was harmed.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.cuda.empty_cache()
     after = graphs.Graphs(affine, "affine")
     assert after(call(x, x))[0].equal(2 * x)
+    assert after.captures == 1
     assert torch.randn(3, device="cuda").isfinite().all()
+
+
+@gpu
+def test_weights_under_autocast() -> None:
+    """Autocast drops the weights that it cast when it ends."""
+    layer = nn.Linear(256, 256).cuda().requires_grad_(False)
+    captured = graphs.Graphs(layer, "layer")
+    for _ in range(3):
+        x = torch.randn(8, 256, device="cuda")
+        with torch.autocast("cuda"):
+            layer(x)
+            found, wanted = captured(x), layer(x)
+        assert found.equal(wanted)
+        [torch.full((256, 256), float("nan"), device="cuda") for _ in range(8)]
+    assert captured.captures == 1
+
+
+@gpu
+def test_two_threads_and_two_streams() -> None:
+    captured = graphs.Graphs(lambda x: (2 * x).cumsum(0), "sum")
+    captured(torch.ones(100_000, device="cuda"))
+    wrong = []
+
+    def work(value: float) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                x = torch.full((100_000,), value, device="cuda")
+                if captured(x)[:3].tolist() != [2 * value, 4 * value, 6 * value]:
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 5.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert captured.replays == 101
+    assert not wrong
 
 
 @gpu

@@ -9,6 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def leaves_no_trace(
     else:
         assert type(pipe) is was["class"]
         assert pipelines.images(pipe, kind, **more).equal(with_it)
-    assert pipe not in patching._patched
+    assert patching._patches(pipe) is None
 
 
 @pytest.mark.parametrize(("family", "kind"), [*EVERY, *OTHERS])
@@ -535,7 +536,7 @@ def test_copies_pickles_and_files_are_unpatched(
     before = pipelines.images(pipe, kind)
     for other in others:
         assert type(other) is type(pipe)
-        assert other not in patching._patched
+        assert patching._patches(other) is None
         other.set_progress_bar_config(disable=True)
         assert pipelines.images(other, kind).equal(before)
     files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
@@ -696,7 +697,7 @@ def test_a_method_that_refuses_leaves_the_pipeline_as_it_was(tokens: Any) -> Non
     with pytest.raises(TypeError, match="not this one"):
         sdcore.patch(pipe, NoOp(), Refuse())
     assert trace(pipe) == was
-    assert pipe not in patching._patched
+    assert patching._patches(pipe) is None
 
 
 def test_what_is_no_pipeline_of_ours(tokens: Any) -> None:
@@ -759,6 +760,48 @@ def test_removal_in_mid_run_waits_for_its_end(tokens: Any) -> None:
     assert log.lines[-1] == "removed"
 
 
+def test_a_method_that_is_put_on_again_in_mid_run(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    log = Log()
+    handles = [sdcore.patch(pipe, log)]
+
+    def callback(given: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == 0:
+            handles[0].remove()
+            handles.append(sdcore.patch(pipe, log))
+        return {}
+
+    pipelines.images(pipe, "text-to-image", callback_on_step_end=callback)
+    assert log.lines[-1] == "end"
+    handles[0].remove()  # an old handle does nothing to what came after
+    assert patching._patches(pipe) is not None
+    handles[1].remove()
+    assert log.lines[-1] == "removed"
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
+def test_callbacks_of_the_old_kind(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    log = Log()
+
+    def callback(index: int, timestep: Any, latents: Tensor) -> None:
+        assert type(pipe.unet) is diffusers.UNet2DConditionModel
+        pipe.vae.decode(latents)
+
+    with sdcore.patch(pipe, log), pytest.warns(FutureWarning, match="callback"):
+        pipelines.images(pipe, "text-to-image", callback=callback, callback_steps=1)
+    assert log.lines.count("decode") == 1
+
+
+def test_a_pipeline_that_holds_itself_is_copied(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.helper = pipe.encode_prompt
+    with sdcore.patch(pipe, NoOp()):
+        other = copy.deepcopy(pipe)
+    assert other.helper.__self__ is other
+    assert type(other) is diffusers.StableDiffusionPipeline
+
+
 def test_siblings_direct_calls_and_other_threads_see_nothing(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     before = pipelines.images(pipe, "text-to-image")
@@ -819,7 +862,7 @@ def test_two_threads_run_one_pipeline(tokens: Any) -> None:
     """Each run has its own state. Their schedulers would get in each other's way, so that they
     take turns: one waits within its run for the other's."""
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    runs = []
+    runs, counts = [], []
 
     class Nested(Method):
         def denoise(self, call, proceed):
@@ -832,7 +875,7 @@ def test_two_threads_run_one_pipeline(tokens: Any) -> None:
                 thread.join()
             elif call.index == pipelines.STEPS - 1:
                 runs.append(call.run)
-            assert state.calls == call.index + 1
+            counts.append(state.calls - call.index)
             return proceed(call)
 
     with sdcore.patch(pipe, Nested()):
@@ -840,6 +883,7 @@ def test_two_threads_run_one_pipeline(tokens: Any) -> None:
         pipelines.images(pipe, "text-to-image")
     assert len(runs) == 2
     assert runs[0] is not runs[1]
+    assert counts == [1] * (2 * pipelines.STEPS)
 
 
 def test_a_pipeline_within_a_pipeline(tokens: Any) -> None:
@@ -861,11 +905,11 @@ def test_a_pipeline_within_a_pipeline(tokens: Any) -> None:
 
 def test_nothing_holds_a_pipeline(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    method = NoOp()
-    handle = sdcore.patch(pipe, method)
+    see = See()  # which keeps calls, and with them their runs
+    handle = sdcore.patch(pipe, see)
     pipelines.images(pipe, "text-to-image")
     there = weakref.ref(pipe)
-    del pipe, handle
+    del pipe, handle, see
     gc.collect()
     assert there() is None
 
@@ -898,6 +942,54 @@ def test_a_call(tokens: Any, family: str, kind: str) -> None:
         assert ("text_embeds" in (call.options.get("added_cond_kwargs") or {})) == (
             family == "SDXL"
         )
+
+
+def test_noise_levels_at_the_edges(tokens: Any) -> None:
+    """No signal at the first step; another timestep than the step's; before and after its step."""
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    config = pipe.scheduler.config
+    levels: list[tuple[float, ...]] = []
+
+    class Level(Method):
+        def denoise(self, call, proceed):
+            other = replace(call, timestep=torch.tensor(10))
+            levels.append((call.sigma.item(), other.sigma.item(), call.sigma.item()))
+            assert other.alpha.square().item() == pytest.approx(
+                call.run.scheduler.alphas_cumprod[10].item(), rel=1e-4
+            )
+            return proceed(call)
+
+        def step(self, step, proceed):
+            before = step.run.noise_level(step.timestep)
+            out = proceed(step)
+            assert step.run.noise_level(step.timestep) == before
+            return out
+
+    for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler):
+        options = {"timestep_spacing": "trailing"}
+        if kind is diffusers.DDIMScheduler:
+            options["rescale_betas_zero_snr"] = True
+        pipe.scheduler = kind.from_config(config, **options)
+        levels.clear()
+        with sdcore.patch(pipe, Level()):
+            pipelines.images(pipe, "text-to-image")
+        first = [one[0] for one in levels]
+        assert first == sorted(first, reverse=True) and len(set(first)) == pipelines.STEPS
+        assert all(one[0] == one[2] != one[1] for one in levels)
+        if kind is diffusers.DDIMScheduler:
+            assert first[0] == 1
+    for scheduler in (
+        diffusers.EDMEulerScheduler(),
+        diffusers.DPMSolverMultistepScheduler.from_config(config, use_flow_sigmas=True),
+    ):
+        pipe.scheduler = scheduler
+        with (
+            sdcore.patch(pipe, Level()),
+            pytest.raises(
+                ValueError, match=r"the noise level is not known: .* has (sigma_d|use_f)"
+            ),
+        ):
+            pipelines.images(pipe, "text-to-image")
 
 
 SCHEDULERS = sorted(patching.FOLLOWS_SAMPLE)

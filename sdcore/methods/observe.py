@@ -63,21 +63,16 @@ class Observe(Method):
         guidance = None
         if call.unconditional is not None:
             guidance = _norm(out[call.conditional] - out[call.unconditional])
-        level = torch.stack(
-            [
-                torch.as_tensor(value, device=out.device, dtype=torch.float32).flatten()[0]
-                for value in (
-                    call.timestep,
-                    call.alpha,
-                    call.sigma,
-                    _norm(call.sample[:, : call.latents.shape[1]]),
-                    _norm(out),
-                    0.0 if guidance is None else guidance,
-                )
-            ]
-        )
+        values = [
+            torch.as_tensor(call.timestep, device=out.device).float().flatten()[0],
+            call.alpha,
+            call.sigma,
+            _norm(call.sample[:, : call.latents.shape[1]]),
+            _norm(out),
+            torch.zeros((), device=out.device) if guidance is None else guidance,
+        ]
         numbers = (call.index, len(out), guidance is not None)
-        call.run.of(self).taken.append((numbers, level, before, after))
+        call.run.of(self).taken.append((numbers, torch.stack(values), before, after))
         return out
 
     def end(self, run: Run, error: BaseException | None) -> None:
@@ -105,7 +100,7 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
