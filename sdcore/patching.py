@@ -509,7 +509,7 @@ def _patched_class(original: type) -> type:
     def __reduce_ex__(self, protocol):
         # As a pipeline without methods: copies and pickles hold no trace of them.
         state = {name: value for name, value in vars(self).items() if name != _KEY}
-        return copyreg.__newobj__, (original,), state
+        return copyreg._reconstructor, (original, object, None), state
 
     def components(self):
         # Offloading puts hooks on what it finds here, and must find the modules themselves.
