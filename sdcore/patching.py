@@ -711,7 +711,6 @@ class _Scheduler(_StandIn):
     def scale_model_input(self) -> Callable[..., Tensor]:
         scheduler, run = self._target, self._run
 
-        # With the signature of its own: pipelines look for eta and generator in it.
         @functools.wraps(scheduler.scale_model_input)
         def scale_model_input(sample: Tensor, *args: Any, **options: Any) -> Tensor:
             scaled = scheduler.scale_model_input(sample, *args, **options)
@@ -726,6 +725,7 @@ class _Scheduler(_StandIn):
     def step(self) -> Callable[..., Any]:
         scheduler, run = self._target, self._run
 
+        # With its own signature: pipelines look for eta and generator in it.
         @functools.wraps(scheduler.step)
         def step(
             model_output: Tensor,
