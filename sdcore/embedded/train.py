@@ -17,8 +17,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ SNR_BOUND = 5.0  # of the weight of a timestep
 UNCONDITIONAL = 0.1  # share of prompts left empty, for guidance
 SHRUNK = 0.2  # share of pictures of xl that were enlarged from fewer pixels
 CHECKPOINT_SECONDS = 60
+EAGER_STEPS = 3  # before a step is captured: what compiles or is looked up once has been
 AT_ONCE = 500  # pictures that are made at a time
 
 
@@ -53,12 +55,12 @@ class Plan:
 
 PLANS = {
     "autoencoder": Plan(12_000, 32, 1e-3, 40_000),
-    "v1": Plan(14_000, 192, 1e-3, 150_000),
-    "v2": Plan(16_000, 192, 1e-3, 200_000),
+    "v1": Plan(24_000, 192, 1e-3, 150_000),
+    "v2": Plan(36_000, 192, 1e-3, 200_000),
     "v1-ink": Plan(1_500, 96, 1e-3, 20_000),
     "v1-edge": Plan(4_000, 96, 5e-4, 40_000),
     "xl-autoencoder": Plan(9_000, 32, 1e-3, 40_000),
-    "xl": Plan(12_000, 128, 1e-3, 100_000),
+    "xl": Plan(16_000, 128, 1e-3, 100_000),
 }
 
 
@@ -241,13 +243,19 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.step = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in _trained(module).items()}
+        self.now = {name: p.detach() for name, p in _trained(module).items()}
+        self.weights = {name: p.clone() for name, p in self.now.items()}
+        # What the newest weights count. On the device: a captured step reads it there.
+        self.share = torch.zeros((), device=next(module.parameters()).device)
 
-    def update(self, module: nn.Module) -> None:
+    def advance(self) -> None:
         self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        now = [p.detach() for p in _trained(module).values()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+        self.share.fill_(1 - min(self.decay, (1 + self.step) / (10 + self.step)))
+
+    def update(self) -> None:
+        kept = list(self.weights.values())
+        torch._foreach_mul_(kept, 1 - self.share)
+        torch._foreach_add_(kept, torch._foreach_mul(list(self.now.values()), self.share))
 
     def copy_to(self, module: nn.Module) -> None:
         for name, p in _trained(module).items():
@@ -256,6 +264,70 @@ class Average:
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Step:
+    """A step of training; on one GPU, after the first few, the replay of a CUDA graph.
+
+    Its many kernels are so short that starting them one by one takes several times longer than
+    they run. Several GPUs exchange their gradients, which stays outside a graph.
+    """
+
+    def __init__(
+        self, loss: nn.Module, optimizer: Any, average: Average, accelerator: Accelerator
+    ) -> None:
+        self.loss, self.optimizer, self.average = loss, optimizer, average
+        self.accelerator = accelerator
+        alone = accelerator.num_processes == 1
+        self.captures = alone and accelerator.device.type == "cuda"
+        self.eager = EAGER_STEPS
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: tuple[Tensor, ...] = ()
+        self.value = torch.empty(0)
+
+    def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The loss, as a tensor that holds it until the next call."""
+        if not self.captures or self.eager > 0:
+            self.eager -= 1
+            return self._run(batch)
+        if self.graph is None:
+            self._capture(batch)
+        for kept, given in zip(self.batch, batch, strict=True):
+            kept.copy_(given)
+        self.graph.replay()
+        return self.value
+
+    def _run(self, batch: tuple[Tensor, ...]) -> Tensor:
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            value = self.loss(*batch)
+        self.accelerator.backward(value)
+        self.accelerator.clip_grad_norm_(self.loss.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        return value.detach()
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        self.batch = tuple(given.clone() for given in batch)
+        self.optimizer.zero_grad()  # so that the graph has gradients of its own, which it writes
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.value = self._run(self.batch)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """A graph is captured on another stream than the default one, and warmed up there."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def fit(
@@ -271,47 +343,45 @@ def fit(
     ``batch_of`` draws a batch of this size. What is drawn depends on seed and step alone, so that a
     run that goes on does what it would have done.
     """
-    on_gpu = accelerator.device.type == "cuda"
-    loss.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        _trained(loss).values(), plan.rate, weight_decay=0.01, fused=on_gpu
-    )
-    average = Average(loss, plan.decay)
-    first = load_checkpoint(run, loss, optimizer, average)
-    if on_gpu:
-        loss.compile(dynamic=False)  # most layers are small and bound by memory: they fuse
-    shared, optimizer = accelerator.prepare(loss, optimizer)
-    generator = torch.Generator(accelerator.device)
-    size = max(1, plan.batch // accelerator.num_processes)
-    saved = started = time.monotonic()
-    total, rows = torch.zeros((), device=accelerator.device), 0
-    bar = tqdm(
-        range(first, plan.steps), "steps", plan.steps, initial=first,
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    for step in bar:
-        generator.manual_seed((seed * 100 + accelerator.process_index) * 10**7 + step)
-        torch.manual_seed((seed * 100 + accelerator.process_index) * 10**7 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * _schedule(step, plan.steps)
-        with accelerator.autocast():
-            value = shared(*batch_of(generator, size))
-        optimizer.zero_grad()
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(shared.parameters(), 1.0)
-        optimizer.step()
-        average.update(loss)
-        total, rows = total + value.detach(), rows + 1
-        last = step + 1 == plan.steps
-        if last or (step + 1) % 100 == 0:
-            mean = (accelerator.reduce(total, "mean") / rows).item()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if accelerator.is_main_process:
-                _log(run / "metrics.csv", step + 1, mean, time.monotonic() - started)
-            total, rows = torch.zeros_like(total), 0
-        if accelerator.is_main_process and (last or time.monotonic() - saved > CHECKPOINT_SECONDS):
-            save_checkpoint(run, step + 1, loss, optimizer, average)
-            saved = time.monotonic()
+    device = accelerator.device
+    loss.to(device, memory_format=torch.channels_last)
+    with _own_stream(device):
+        rate = torch.tensor(plan.rate, device=device)  # a captured step reads it there
+        optimizer = torch.optim.AdamW(_trained(loss).values(), rate, weight_decay=0.01, fused=True)
+        average = Average(loss, plan.decay)
+        first = load_checkpoint(run, loss, optimizer, average)
+        if device.type == "cuda":
+            loss.compile(dynamic=False)  # most layers are small and bound by memory: they fuse
+        shared, optimizer = accelerator.prepare(loss, optimizer)
+        step_of = Step(shared, optimizer, average, accelerator)
+        generator = torch.Generator(device)
+        size = max(1, plan.batch // accelerator.num_processes)
+        saved = started = time.monotonic()
+        total, rows = torch.zeros((), device=device), 0
+        bar = tqdm(
+            range(first, plan.steps), "steps", plan.steps, initial=first,
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
+        for step in bar:
+            drawn = (seed * 100 + accelerator.process_index) * 10**7 + step
+            generator.manual_seed(drawn)
+            batch = batch_of(generator, size)
+            torch.manual_seed(drawn)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(plan.rate * _schedule(step, plan.steps))
+            average.advance()
+            total, rows = total + step_of(batch), rows + 1
+            last = step + 1 == plan.steps
+            if last or (step + 1) % 100 == 0:
+                mean = (accelerator.reduce(total, "mean") / rows).item()
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if accelerator.is_main_process:
+                    _log(run / "metrics.csv", step + 1, mean, time.monotonic() - started)
+                total, rows = torch.zeros_like(total), 0
+            due = last or time.monotonic() - saved > CHECKPOINT_SECONDS
+            if accelerator.is_main_process and due:
+                save_checkpoint(run, step + 1, loss, optimizer, average)
+                saved = time.monotonic()
     average.copy_to(loss)
     loss.to(memory_format=torch.contiguous_format)  # as files hold it
 
@@ -363,6 +433,7 @@ def load_checkpoint(
     state: dict[int, dict[str, Tensor]] = {}
     device = next(module.parameters()).device
     trained = _trained(module)
+    order = list(trained.values())  # in which the optimizer numbers them
     with safe_open(path, "pt", device=str(device)) as file:
         for key in list(file.keys()):
             kind, name = key.split(".", 1)
@@ -373,6 +444,9 @@ def load_checkpoint(
                 average.weights[name].copy_(value)
             else:
                 number, name = name.split(".", 1)
+                like = order[int(number)]
+                if value.shape == like.shape:  # strides as well: the fused optimizer needs them so
+                    value = torch.empty_like(like).copy_(value)
                 state.setdefault(int(number), {})[name] = value
         step = int(file.metadata()["step"])
     optimizer.load_state_dict(
