@@ -611,9 +611,13 @@ def _check_run(run: Run) -> None:
 
 def _with_callbacks_outside(bound: inspect.BoundArguments) -> inspect.BoundArguments:
     """What the user's callbacks ask of the pipeline goes past the methods."""
-    for given in (bound.arguments, *bound.arguments.values()):
-        if not isinstance(given, dict):
-            continue
+    kinds = bound.signature.parameters
+    others = (
+        given
+        for name, given in bound.arguments.items()
+        if kinds[name].kind is kinds[name].VAR_KEYWORD
+    )
+    for given in (bound.arguments, *others):
         for name in ("callback_on_step_end", "callback"):
             callback = given.get(name)
             if callback is None or not callable(callback):

@@ -783,6 +783,14 @@ def test_a_method_that_is_put_on_again_in_mid_run(tokens: Any) -> None:
     assert type(pipe) is diffusers.StableDiffusionPipeline
 
 
+def test_what_is_called_a_callback_in_the_users_own_dictionary_stays(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    given = {"callback": print}
+    with sdcore.patch(pipe, Log()):
+        pipelines.images(pipe, "text-to-image", cross_attention_kwargs=given)
+    assert given == {"callback": print}
+
+
 def test_callbacks_of_the_old_kind(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     log = Log()
