@@ -1,0 +1,905 @@
+"""Cross-attention to some tens of tokens, each pixel to those that its mask lets it see.
+
+All tokens fit in one tile, or two: 77 are one of 64 and one of 16. So a row's softmax is done at
+once, forward and backward, and nothing of it is kept in between. Masks are spread out in registers,
+a tile at a time. The formulas are in sdcore/ops/masked_cross_attention.py.
+
+q [B, H, N, D], k [B / share, H, T, D], v [B / share, H, T, DV], in any strides with the last 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MOST_TOKENS = 320
+MOST_COORDINATES = 256
+CLAMP = tl.constexpr(20.0)  # of S - lse, where a gate is closed
+PENALTY = tl.constexpr(1e4)  # of a closed gate, as the published code has it
+WORD = tl.constexpr(32)
+
+
+@triton.jit
+def _rows(at, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix; zeros beyond ``count`` rows and D columns."""
+    d = tl.arange(0, BLOCK_D)
+    at += rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == BLOCK_D:
+        if EVEN:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(rows < count)[:, None], other=0.0)
+    else:
+        if EVEN:
+            return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(at, value, rows, stride, count, D: tl.constexpr, EVEN: tl.constexpr):
+    d = tl.arange(0, value.shape[1])
+    at += rows.to(tl.int64)[:, None] * stride + d[None, :]
+    value = value.to(at.dtype.element_ty)
+    if EVEN and value.shape[1] == D:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=(rows < count)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _store_tokens(at, value, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+    t = first + tl.arange(0, BLOCK_T)
+    at += rows.to(tl.int64)[:, None] * T + t[None, :]
+    tl.store(at, value, mask=(rows < N)[:, None] & (t < T)[None, :])
+
+
+@triton.jit
+def _from_bits(words, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T, EVEN: tl.constexpr):
+    """[rows, BLOCK_T]: whether the bit of each token from ``first`` on is set."""
+    t = first + tl.arange(0, BLOCK_T)
+    count = (T + WORD - 1) // WORD
+    at = words + rows.to(tl.int64) * count
+    spread = tl.zeros((rows.shape[0], BLOCK_T), tl.int32)
+    for j in tl.static_range(first // WORD, (first + BLOCK_T + WORD - 1) // WORD):
+        if EVEN:
+            word = tl.load(at + j, mask=j < count, other=0)
+        else:
+            word = tl.load(at + j, mask=(rows < N) & (j < count), other=0)
+        spread = tl.where((t // WORD == j)[None, :], word[:, None], spread)
+    return ((spread >> (t % WORD)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _from_regions(pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+    t = first + tl.arange(0, BLOCK_T)
+    pixel = tl.load(pixels + rows, mask=rows < N, other=0)
+    token = tl.load(tokens + t, mask=t < T, other=0)
+    return (pixel[:, None] & token[None, :]) != 0
+
+
+@triton.jit
+def _open(
+    words, pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T,
+    BITS: tl.constexpr, REGIONS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK_T]: the tokens from ``first`` on that each row may attend to."""
+    t = first + tl.arange(0, BLOCK_T)
+    if BITS:
+        return _from_bits(words, rows, first, BLOCK_T, N, T, EVEN) & (t < T)[None, :]
+    elif REGIONS:
+        return _from_regions(pixels, tokens, rows, first, BLOCK_T, N, T) & (t < T)[None, :]
+    else:
+        return tl.broadcast_to((t < T)[None, :], (rows.shape[0], BLOCK_T))
+
+
+@triton.jit
+def _gate_logits(
+    features, psi, bias, first: tl.constexpr, BLOCK_T: tl.constexpr, T,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = first + tl.arange(0, BLOCK_T)
+    words = _rows(psi, t, R, T, R, BLOCK_R, False)
+    z = tl.dot(features, tl.trans(words), input_precision=PRECISION) * (R**-0.5)
+    if BIASED:
+        z += tl.load(bias).to(tl.float32)
+    return tl.where((t < T)[None, :], z, float("-inf"))
+
+
+@triton.jit
+def _reopened(z, open, best, none, first: tl.constexpr, BLOCK_T: tl.constexpr):
+    """``open``, and in rows without any the token ``best``."""
+    t = first + tl.arange(0, BLOCK_T)
+    return open | (none[:, None] & (t[None, :] == best[:, None]))
+
+
+@triton.jit
+def _first_of(z, best, first: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The first token of a row whose logit is ``best``."""
+    t = first + tl.arange(0, BLOCK_T)
+    return tl.min(tl.where(z == best[:, None], t[None, :], 1 << 30), 1)
+
+
+@triton.jit
+def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+    t = first + tl.arange(0, BLOCK_T)
+    count = (T + WORD - 1) // WORD
+    bits = open.to(tl.int32) << (t % WORD)[None, :]
+    for j in tl.static_range(first // WORD, (first + BLOCK_T + WORD - 1) // WORD):
+        word = tl.sum(tl.where((t // WORD == j)[None, :], bits, 0), 1)
+        tl.store(words + rows.to(tl.int64) * count + j, word, mask=(rows < N) & (j < count))
+
+
+@triton.jit
+def _scores(
+    query, key, bias, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T, scale, bn, bt,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scaled products of query and key, with the bias, as exponents of 2."""
+    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+    if BIAS:
+        t = first + tl.arange(0, BLOCK_T)
+        at = bias + rows.to(tl.int64)[:, None] * bn + t[None, :] * bt
+        inside = (rows < N)[:, None] & (t < T)[None, :]
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def _within(
+    open, first: tl.constexpr, BLOCK_T: tl.constexpr, low: tl.constexpr, high: tl.constexpr
+):
+    """``open``, in the segment from ``low`` up to ``high`` alone."""
+    t = first + tl.arange(0, BLOCK_T)
+    return open & ((t >= low) & (t < high))[None, :]
+
+
+@triton.jit
+def _largest(s, open):
+    return tl.max(tl.where(open, s, float("-inf")), 1)
+
+
+@triton.jit
+def _powers(s, open, largest):
+    return tl.where(open, tl.exp2(s - largest[:, None]), 0.0)
+
+
+@triton.jit
+def _normalizer(total):
+    """1 / total; 0 for a row that may attend to nothing."""
+    return tl.where(total == 0.0, 0.0, 1.0 / total)
+
+
+@triton.jit
+def _weight(weights, rows, s: tl.constexpr, N, WEIGHTS: tl.constexpr):
+    if WEIGHTS:
+        return tl.load(weights + s * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+    else:
+        return tl.full(rows.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _softmax(
+    s0, s1, open0, open1, weights, rows, N,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of the segments' probabilities, of both tiles."""
+    p0 = tl.zeros(s0.shape, tl.float32)
+    p1 = tl.zeros(s1.shape, tl.float32)
+    for i in tl.static_range(len(SEGMENTS) // 2):
+        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+        largest = _largest(s0, in0)
+        if BLOCK_T1 > 0:
+            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+            largest = tl.maximum(largest, _largest(s1, in1))
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        e0 = _powers(s0, in0, largest)
+        total = tl.sum(e0, 1)
+        if BLOCK_T1 > 0:
+            e1 = _powers(s1, in1, largest)
+            total += tl.sum(e1, 1)
+        share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
+        p0 += e0 * share
+        if BLOCK_T1 > 0:
+            p1 += e1 * share
+    return p0, p1
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, words, pixels, tokens, gates, phi, psi, gate_bias, bias, weights,
+    qb, qh, qn, kb, kh, kt, vb, vh, vt, ob, oh, on,
+    mb, tb, fb, sb, bb, bh, bn, bt, wb, N, T, share, scale: tl.float32,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, HEADS: tl.constexpr,
+    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, GATE: tl.constexpr,
+    GATE_BIASED: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N rows of HEADS heads, for which the mask is read once."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    words += b * mb
+    pixels += b * mb
+    tokens += b * tb
+    bias += b * bb
+    weights += b * wb
+    if GATE:
+        features = _rows(phi + b * fb, rows, R, N, R, BLOCK_R, EVEN)
+        z0 = _gate_logits(
+            features, psi + b * sb, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, GATE_BIASED, PRECISION
+        )
+        open0 = z0 > 0
+        best = tl.max(z0, 1)
+        if BLOCK_T1 > 0:
+            z1 = _gate_logits(
+                features, psi + b * sb, gate_bias, BLOCK_T0, BLOCK_T1, T, R, BLOCK_R, GATE_BIASED,
+                PRECISION,
+            )  # fmt: skip
+            open1 = z1 > 0
+            best = tl.maximum(best, tl.max(z1, 1))
+        else:
+            open1 = open0
+        none = best <= 0
+        token = _first_of(z0, best, 0, BLOCK_T0)
+        if BLOCK_T1 > 0:
+            token = tl.minimum(token, _first_of(z1, best, BLOCK_T0, BLOCK_T1))
+            open1 = _reopened(z1, open1, token, none, BLOCK_T0, BLOCK_T1)
+        open0 = _reopened(z0, open0, token, none, 0, BLOCK_T0)
+        if group == 0:
+            count = (T + WORD - 1) // WORD
+            _store_bits(gates + b * N * count, open0, rows, 0, BLOCK_T0, N, T)
+            if BLOCK_T1 > 0:
+                _store_bits(gates + b * N * count, open1, rows, BLOCK_T0, BLOCK_T1, N, T)
+    else:
+        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        if BLOCK_T1 > 0:
+            open1 = _open(
+                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+            )
+        else:
+            open1 = open0
+    t0 = tl.arange(0, BLOCK_T0)
+    if BLOCK_T1 > 0:
+        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+    for i in range(HEADS):
+        h = (group * HEADS + i).to(tl.int64)
+        query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
+        keys = k + b // share * kb + h * kh
+        values = v + b // share * vb + h * vh
+        s0 = _scores(
+            query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0, BLOCK_T0,
+            N, T, scale, bn, bt, BIAS, PRECISION,
+        )  # fmt: skip
+        if BLOCK_T1 > 0:
+            s1 = _scores(
+                query, _rows(keys, t1, kt, T, D, BLOCK_D, False), bias + h * bh, rows, BLOCK_T0,
+                BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION,
+            )  # fmt: skip
+        else:
+            s1 = s0
+        p0, p1 = _softmax(
+            s0, s1, open0, open1, weights, rows, N, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
+        )
+        value = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+        found = tl.dot(p0.to(value.dtype), value, input_precision=PRECISION)
+        if BLOCK_T1 > 0:
+            value = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+            found = tl.dot(p1.to(value.dtype), value, found, input_precision=PRECISION)
+        _store(out + b * ob + h * oh, found, rows, on, N, DV, EVEN)
+
+
+@triton.jit
+def _score_gradients(
+    s0, s1, g0, g1, open0, open1, weights, rows, N,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Weighted probabilities of both tiles; and the loss's gradients to the scores, by those to the
+    probabilities' weighted sum, ``g``."""
+    p0 = tl.zeros(s0.shape, tl.float32)
+    p1 = tl.zeros(s1.shape, tl.float32)
+    d0 = tl.zeros(s0.shape, tl.float32)
+    d1 = tl.zeros(s1.shape, tl.float32)
+    for i in tl.static_range(len(SEGMENTS) // 2):
+        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+        largest = _largest(s0, in0)
+        if BLOCK_T1 > 0:
+            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+            largest = tl.maximum(largest, _largest(s1, in1))
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        e0 = _powers(s0, in0, largest)
+        total = tl.sum(e0, 1)
+        mean = tl.sum(e0 * g0, 1)
+        if BLOCK_T1 > 0:
+            e1 = _powers(s1, in1, largest)
+            total += tl.sum(e1, 1)
+            mean += tl.sum(e1 * g1, 1)
+        inverse = _normalizer(total)
+        mean = mean * inverse
+        share = (inverse * _weight(weights, rows, i, N, WEIGHTS))[:, None]
+        p0 += e0 * share
+        d0 += e0 * share * (g0 - mean[:, None])
+        if BLOCK_T1 > 0:
+            p1 += e1 * share
+            d1 += e1 * share * (g1 - mean[:, None])
+    return p0, p1, d0, d1
+
+
+@triton.jit
+def _backward(
+    grad, q, k, v, dq, dk, dv, words, pixels, tokens, bias, weights,
+    gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt, db, dh, dn,
+    mb, tb, bb, bh, bn, bt, wb, B, H, N, T, share, tiles, scale: tl.float32,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
+    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, BIAS: tl.constexpr,
+    WEIGHTS: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
+    tiles contribute, to be added up."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    words += b * mb
+    pixels += b * mb
+    tokens += b * tb
+    bias += b * bb + h * bh
+    weights += b * wb
+    t0 = tl.arange(0, BLOCK_T0)
+    keys = k + b // share * kb + h * kh
+    values = v + b // share * vb + h * vh
+    key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
+    value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+    dk0 = tl.zeros((BLOCK_T0, BLOCK_D), tl.float32)
+    dv0 = tl.zeros((BLOCK_T0, BLOCK_DV), tl.float32)
+    if BLOCK_T1 > 0:
+        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+        key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
+        value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+        dk1 = tl.zeros((BLOCK_T1, BLOCK_D), tl.float32)
+        dv1 = tl.zeros((BLOCK_T1, BLOCK_DV), tl.float32)
+    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
+        back = _rows(grad + b * gb + h * gh, rows, gn, N, DV, BLOCK_DV, EVEN)
+        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
+        g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
+        if BLOCK_T1 > 0:
+            open1 = _open(
+                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+            )
+            s1 = _scores(
+                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION
+            )
+            g1 = tl.dot(back, tl.trans(value1), input_precision=PRECISION)
+        else:
+            open1, s1, g1 = open0, s0, g0
+        p0, p1, d0, d1 = _score_gradients(
+            s0, s1, g0, g1, open0, open1, weights, rows, N, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
+        )
+        d0 = d0.to(query.dtype)
+        if BLOCK_T1 > 0:
+            d1 = d1.to(query.dtype)
+        if NEED_Q:
+            found = tl.dot(d0, key0, input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                found = tl.dot(d1, key1, found, input_precision=PRECISION)
+            _store(dq + b * db + h * dh, found * scale, rows, dn, N, D, EVEN)
+        if NEED_K:
+            dk0 = tl.dot(tl.trans(d0), query, dk0, input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                dk1 = tl.dot(tl.trans(d1), query, dk1, input_precision=PRECISION)
+        if NEED_V:
+            dv0 = tl.dot(tl.trans(p0.to(back.dtype)), back, dv0, input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                dv1 = tl.dot(tl.trans(p1.to(back.dtype)), back, dv1, input_precision=PRECISION)
+    at = (chunk.to(tl.int64) * B + b) * T * H + h
+    if NEED_K:
+        _store(dk + at * D, dk0 * scale, t0, H * D, T, D, False)
+        if BLOCK_T1 > 0:
+            _store(dk + at * D, dk1 * scale, t1, H * D, T, D, False)
+    if NEED_V:
+        _store(dv + at * DV, dv0, t0, H * DV, T, DV, False)
+        if BLOCK_T1 > 0:
+            _store(dv + at * DV, dv1, t1, H * DV, T, DV, False)
+
+
+@triton.jit
+def _sum(parts, out, size, each, chunks, share, BLOCK: tl.constexpr):
+    """``out`` [groups, each]: of ``parts`` [chunks, groups, share, each] the sums."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    group = at // each
+    start = group * share * each + at % each
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(chunks):
+        for j in range(share):
+            part = start + j * each + i * size * share
+            total += tl.load(parts + part, mask=inside, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _per_token(
+    s0, s1, g0, g1, open0, open1, weights, rows, N, T,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr,
+    SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+):  # fmt: skip
+    """The loss's gradients to the scores, or (MULTIPLICATIVE) to gates that multiply their powers;
+    and to the weights of the segments [rows, BLOCK_S]."""
+    d0 = tl.zeros(s0.shape, tl.float32)
+    d1 = tl.zeros(s1.shape, tl.float32)
+    dw = tl.zeros((rows.shape[0], BLOCK_S), tl.float32)
+    for i in tl.static_range(len(SEGMENTS) // 2):
+        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+        largest = _largest(s0, in0)
+        if BLOCK_T1 > 0:
+            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+            largest = tl.maximum(largest, _largest(s1, in1))
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        e0 = _powers(s0, in0, largest)
+        total = tl.sum(e0, 1)
+        mean = tl.sum(e0 * g0, 1)
+        if BLOCK_T1 > 0:
+            e1 = _powers(s1, in1, largest)
+            total += tl.sum(e1, 1)
+            mean += tl.sum(e1 * g1, 1)
+        inverse = _normalizer(total)
+        mean = mean * inverse
+        weight = _weight(weights, rows, i, N, WEIGHTS)
+        dw = tl.where((tl.arange(0, BLOCK_S) == i)[None, :], mean[:, None], dw)
+        if MULTIPLICATIVE:
+            # Closed ones as well, of this segment. S - lse is at most 0 where one is open.
+            lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
+            weight = tl.where(total == 0.0, 0.0, weight)
+            every0 = tl.broadcast_to((tl.arange(0, BLOCK_T0) < T)[None, :], s0.shape)
+            in0 = _within(every0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+            e0 = _powers(tl.minimum(s0 - lse[:, None], CLAMP * LOG2E), in0, lse * 0.0)
+            if BLOCK_T1 > 0:
+                every1 = tl.broadcast_to((BLOCK_T0 + tl.arange(0, BLOCK_T1) < T)[None, :], s1.shape)
+                in1 = _within(every1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
+                e1 = _powers(tl.minimum(s1 - lse[:, None], CLAMP * LOG2E), in1, lse * 0.0)
+            share = weight[:, None]
+        else:
+            share = (inverse * weight)[:, None]
+        d0 += e0 * share * (g0 - mean[:, None])
+        if BLOCK_T1 > 0:
+            d1 += e1 * share * (g1 - mean[:, None])
+    return d0, d1, dw
+
+
+@triton.jit
+def _through_gate(
+    z, d, T, first: tl.constexpr, BLOCK_T: tl.constexpr, MULTIPLICATIVE: tl.constexpr
+):
+    """The gradient to the gate's logits, straight through the threshold to the sigmoid."""
+    p = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+    t = first + tl.arange(0, BLOCK_T)
+    dz = tl.where((t < T)[None, :], d * p * (1.0 - p), 0.0)
+    if MULTIPLICATIVE:
+        return dz
+    else:
+        return dz * PENALTY
+
+
+@triton.jit
+def _scores_backward(
+    grad, q, k, v, words, pixels, tokens, phi, psi, gate_bias, bias, weights,
+    dphi, dpsi, dgate_bias, dbias, dweights,
+    gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt,
+    mb, tb, fb, sb, bb, bh, bn, bt, wb, B, N, T, share, tiles, scale: tl.float32,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEADS: tl.constexpr, SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
+    GATE: tl.constexpr, GATE_BIASED: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, NEED_BIAS: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients to what is stated for all heads together: one program sums them over HEADS heads,
+    for some tiles of rows."""
+    chunk = tl.program_id(0)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    words += b * mb
+    pixels += b * mb
+    tokens += b * tb
+    bias += b * bb
+    weights += b * wb
+    t0 = tl.arange(0, BLOCK_T0)
+    if BLOCK_T1 > 0:
+        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+    if GATE:
+        dpsi0 = tl.zeros((BLOCK_T0, BLOCK_R), tl.float32)
+        if BLOCK_T1 > 0:
+            dpsi1 = tl.zeros((BLOCK_T1, BLOCK_R), tl.float32)
+        dshift = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        d0 = tl.zeros((BLOCK_N, BLOCK_T0), tl.float32)
+        dw = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+        if BLOCK_T1 > 0:
+            open1 = _open(
+                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+            )
+            d1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
+        else:
+            open1 = open0
+        for i in range(HEADS):
+            h = (group * HEADS + i).to(tl.int64)
+            query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
+            back = _rows(grad + b * gb + h * gh, rows, gn, N, DV, BLOCK_DV, EVEN)
+            keys = k + b // share * kb + h * kh
+            values = v + b // share * vb + h * vh
+            s0 = _scores(
+                query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0,
+                BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION,
+            )  # fmt: skip
+            value = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+            g0 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                s1 = _scores(
+                    query, _rows(keys, t1, kt, T, D, BLOCK_D, False), bias + h * bh, rows,
+                    BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION,
+                )  # fmt: skip
+                value = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+                g1 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
+            else:
+                s1, g1 = s0, g0
+            more0, more1, morew = _per_token(
+                s0, s1, g0, g1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, BLOCK_S,
+                SEGMENTS, WEIGHTS, MULTIPLICATIVE,
+            )  # fmt: skip
+            d0 += more0
+            if BLOCK_T1 > 0:
+                d1 += more1
+            dw += morew
+        if NEED_WEIGHTS:
+            s = tl.arange(0, BLOCK_S)
+            count: tl.constexpr = len(SEGMENTS) // 2
+            at = dweights + ((b * groups + group) * count + s[None, :]) * N + rows[:, None]
+            tl.store(at, dw, mask=(rows < N)[:, None] & (s < count)[None, :])
+        if NEED_BIAS:
+            at = dbias + (b * groups + group) * N * T
+            _store_tokens(at, d0, rows, 0, BLOCK_T0, N, T)
+            if BLOCK_T1 > 0:
+                _store_tokens(at, d1, rows, BLOCK_T0, BLOCK_T1, N, T)
+        if GATE:
+            features = _rows(phi + b * fb, rows, R, N, R, BLOCK_R, EVEN)
+            root: tl.constexpr = R**-0.5
+            z = _gate_logits(
+                features, psi + b * sb, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, GATE_BIASED,
+                PRECISION,
+            )  # fmt: skip
+            dz = _through_gate(z, d0, T, 0, BLOCK_T0, MULTIPLICATIVE)
+            dshift += tl.sum(tl.where((rows < N)[:, None], dz, 0.0), 1)
+            wide = features.to(tl.float32)
+            token = _rows(psi + b * sb, t0, R, T, R, BLOCK_R, False).to(tl.float32)
+            found = tl.dot(dz, token, input_precision=WIDE)
+            dpsi0 = tl.dot(tl.trans(dz), wide, dpsi0, input_precision=WIDE)
+            if BLOCK_T1 > 0:
+                z = _gate_logits(
+                    features, psi + b * sb, gate_bias, BLOCK_T0, BLOCK_T1, T, R, BLOCK_R,
+                    GATE_BIASED, PRECISION,
+                )  # fmt: skip
+                dz = _through_gate(z, d1, T, BLOCK_T0, BLOCK_T1, MULTIPLICATIVE)
+                dshift += tl.sum(tl.where((rows < N)[:, None], dz, 0.0), 1)
+                token = _rows(psi + b * sb, t1, R, T, R, BLOCK_R, False).to(tl.float32)
+                found = tl.dot(dz, token, found, input_precision=WIDE)
+                dpsi1 = tl.dot(tl.trans(dz), wide, dpsi1, input_precision=WIDE)
+            _store(dphi + b * N * R, found * root, rows, R, N, R, EVEN)
+    if GATE:
+        scaled: tl.constexpr = R**-0.5
+        at = dpsi + (chunk.to(tl.int64) * B + b) * T * R
+        _store(at, dpsi0 * scaled, t0, R, T, R, False)
+        if BLOCK_T1 > 0:
+            _store(at, dpsi1 * scaled, t1, R, T, R, False)
+        tl.store(dgate_bias + chunk * B + b, tl.sum(dshift))
+
+
+# ---------------------------------------------------------------------------------------------
+# Launchers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds: rows, and tokens in a first and a second tile."""
+
+    n: int
+    t0: int
+    t1: int
+    warps: int
+
+
+def tile_of(q: Tensor, tokens: int, width: int) -> Tile:
+    """The tile for so many tokens, and rows of this width."""
+    # 77 tokens as 64 + 16 took half the time of 128.
+    whole = max(16, triton.next_power_of_2(tokens))
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(max(1, tokens - half)))
+    t0, t1 = (half, rest) if whole > 64 and rest < half else (whole, 0)
+    # Registers hold the scores of a row and what is added up of its output.
+    small = t0 <= 64 and width <= 64
+    large = t0 > 128 or width > 128
+    n = 128 if small else 32 if large else 64
+    if q.dtype == torch.float32:
+        n //= 2
+    return Tile(max(16, n), t0, t1, 8 if n == 128 else 4)
+
+
+def heads_of(q: Tensor, tile: Tile, masked: bool, gated: bool) -> int:
+    """Heads of a program, which share what they read of the mask: two or more if there is one,
+    while programs are enough for all multiprocessors."""
+    batch, heads, n, _ = q.shape
+    programs = batch * triton.cdiv(n, tile.n)
+    wanted = 2 * _multiprocessors(q)
+    divisors = [each for each in range(1, heads + 1) if heads % each == 0]
+    if not masked:
+        return 1
+    least = next((each for each in divisors if each > 1), 1)
+    if not gated:
+        return least
+    return max([each for each in divisors if programs * (heads // each) >= wanted] or [least])
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 2  # in the interpreter: so few that programs take several tiles
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _rowwise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _batch_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or len(tensor) == 1 else tensor.stride(0)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _output(like: Tensor, *shape: int) -> Tensor:
+    """[B, H, N, D] in memory as [B, N, H, D], as attention's input and output mostly lie."""
+    batch, heads, n, d = shape
+    return like.new_empty(batch, n, heads, d).transpose(1, 2)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor | None,
+    pixels: Tensor | None,
+    tokens: Tensor | None,
+    phi: Tensor | None,
+    psi: Tensor | None,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The output [B, H, N, DV], and the bits of the gates that were open."""
+    batch, heads, n, d = q.shape
+    count, width = k.shape[2], v.shape[3]
+    out = _output(q, batch, heads, n, width)
+    words = triton.cdiv(count, 32)
+    gates = q.new_empty((batch, n, words) if phi is not None else 0, dtype=torch.int32)
+    if out.numel() == 0:
+        return out, gates
+    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
+    bits, pixels, tokens, phi, psi, weights = map(
+        _contiguous, (bits, pixels, tokens, phi, psi, weights)
+    )
+    tile = tile_of(q, count, max(d, width))
+    masked = bits is not None or pixels is not None
+    each = heads_of(q, tile, masked or phi is not None, phi is not None)
+    features = 1 if phi is None else phi.shape[-1]
+    added = None if bias is None else bias.expand(batch, heads, n, count)
+    with _on(q):
+        _forward[(triton.cdiv(n, tile.n), heads // each, batch)](
+            q, k, v, out, _or(bits, q), _or(pixels, q), _or(tokens, q), gates, _or(phi, q),
+            _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+            _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
+            n, count, batch // len(k), scale,
+            D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+            BLOCK_R=_block(features), HEADS=each, SEGMENTS=tuple(segments), GATE=phi is not None,
+            GATE_BIASED=gate_bias is not None, num_warps=tile.warps,
+            **_common(q, tile, bits, pixels, bias, weights),
+        )  # fmt: skip
+    return out, gates
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Something to point to, for what the kernel won't read."""
+    return other if tensor is None else tensor
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _common(
+    q: Tensor,
+    tile: Tile,
+    bits: Tensor | None,
+    pixels: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "BLOCK_N": tile.n,
+        "BLOCK_T0": tile.t0,
+        "BLOCK_T1": tile.t1,
+        "BITS": bits is not None,
+        "REGIONS": pixels is not None,
+        "BIAS": bias is not None,
+        "WEIGHTS": weights is not None,
+        "EVEN": q.shape[2] % tile.n == 0,
+        # As PyTorch multiplies float32, which is not in TF32 unless asked for.
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor | None,
+    pixels: Tensor | None,
+    tokens: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    segments: Sequence[int],
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to q, k and v; empty where not needed."""
+    batch, heads, n, d = q.shape
+    count, width = k.shape[2], v.shape[3]
+    groups, share = len(k), batch // len(k)
+    dq = _output(q, batch, heads, n, d) if need_q else q.new_empty(0)
+    dk = _output(k, groups, heads, count, d) if need_k else k.new_empty(0)
+    dv = _output(v, groups, heads, count, width) if need_v else v.new_empty(0)
+    if q.numel() == 0 or grad.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
+    bits, pixels, tokens, weights = map(_contiguous, (bits, pixels, tokens, weights))
+    tile = tile_of(q, count, max(d, width))
+    added = None if bias is None else bias.expand(batch, heads, n, count)
+    every = triton.cdiv(n, tile.n)
+    chunks = _chunks(q, batch * heads, every) if need_k or need_v else every
+    tiles = triton.cdiv(every, chunks)
+    chunks = triton.cdiv(every, tiles)
+    parts_k = q.new_empty((chunks, batch, count, heads, d) if need_k else 0, dtype=torch.float32)
+    parts_v = q.new_empty(
+        (chunks, batch, count, heads, width) if need_v else 0, dtype=torch.float32
+    )
+    with _on(q):
+        _backward[(chunks, heads, batch)](
+            grad, q, k, v, dq, parts_k, parts_v, _or(bits, q), _or(pixels, q), _or(tokens, q),
+            _or(added, q), _or(weights, q),
+            *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *(dq.stride()[:3] if need_q else (0, 0, 0)),
+            _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+            *_strides(added), _batch_stride(weights), batch, heads, n, count, share, tiles, scale,
+            D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width), SEGMENTS=tuple(segments),
+            NEED_Q=need_q, NEED_K=need_k, NEED_V=need_v, num_warps=tile.warps,
+            **_common(q, tile, bits, pixels, bias, weights),
+        )  # fmt: skip
+        for needed, parts, total in ((need_k, parts_k, dk), (need_v, parts_v, dv)):
+            if needed:
+                _added(parts, total, groups, share)
+    return dq, dk, dv
+
+
+def _chunks(q: Tensor, each: int, most: int) -> int:
+    """Parts of the rows, each of which leaves a sum of its own: two programs a multiprocessor."""
+    return max(1, min(most, 2 * _multiprocessors(q) // each))
+
+
+def _added(parts: Tensor, total: Tensor, groups: int, share: int) -> None:
+    """``total``, of which the memory is [groups, ...], from ``parts`` [chunks, groups · share, …]
+    in a fixed order."""
+    size = total.numel()
+    _sum[(triton.cdiv(size, 1024),)](
+        parts, total, size, size // groups, parts.shape[0], share, BLOCK=1024
+    )
+
+
+def scores_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor | None,
+    pixels: Tensor | None,
+    tokens: Tensor | None,
+    phi: Tensor | None,
+    psi: Tensor | None,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    segments: Sequence[int],
+    multiplicative: bool,
+    need_gate: bool,
+    need_bias: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to phi, psi and the gate's bias; to the bias; and to the segments' weights."""
+    batch, heads, n, d = q.shape
+    count, width = k.shape[2], v.shape[3]
+    grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
+    bits, pixels, tokens, phi, psi, weights = map(
+        _contiguous, (bits, pixels, tokens, phi, psi, weights)
+    )
+    tile = tile_of(q, count, max(d, width))
+    # Its programs hold more: scores and their gradients, and those to the features.
+    tile = Tile(max(16, tile.n // 2), tile.t0, tile.t1, tile.warps)
+    added = None if bias is None else bias.expand(batch, heads, n, count)
+    groups = heads if need_bias and bias is not None and bias.shape[1] > 1 else 1
+    features = phi.shape[-1] if need_gate and phi is not None else 1
+    pieces = len(segments) // 2
+    every = triton.cdiv(n, tile.n)
+    chunks = _chunks(q, batch * groups, every)
+    tiles = triton.cdiv(every, chunks)
+    chunks = triton.cdiv(every, tiles)
+
+    def empty(needed: bool, *shape: int, like: Tensor = q, dtype: Any = torch.float32) -> Tensor:
+        return like.new_empty(shape if needed else 0, dtype=dtype)
+
+    dphi = empty(need_gate, batch, n, features, dtype=None if phi is None else phi.dtype)
+    dpsi = empty(need_gate, chunks, batch, count, features)
+    dshift = empty(need_gate, chunks, batch)
+    dbias = empty(need_bias, batch, groups, n, count)
+    dweights = empty(need_weights, batch, groups, pieces, n)
+    if grad.numel():
+        with _on(q):
+            _scores_backward[(chunks, groups, batch)](
+                grad, q, k, v, _or(bits, q), _or(pixels, q), _or(tokens, q), _or(phi, q),
+                _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
+                dphi, dpsi, dshift, dbias, dweights,
+                *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+                _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
+                batch, n, count, batch // len(k), tiles, scale,
+                D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+                BLOCK_R=_block(features), BLOCK_S=triton.next_power_of_2(pieces),
+                HEADS=heads // groups, SEGMENTS=tuple(segments), GATE=need_gate,
+                GATE_BIASED=gate_bias is not None, MULTIPLICATIVE=multiplicative and need_gate,
+                NEED_BIAS=need_bias, NEED_WEIGHTS=need_weights, num_warps=tile.warps,
+                WIDE="ieee" if q.dtype == torch.float32 else "tf32",
+                **_common(q, tile, bits, pixels, bias, weights),
+            )  # fmt: skip
+    return dphi, dpsi, dshift, dbias, dweights
