@@ -2,16 +2,21 @@
 
 from sdcore import ops
 from sdcore.backends import backend
+from sdcore.methods.gated_attention import GatedAttention
 from sdcore.methods.observe import Observe
+from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.palette import Palette
 from sdcore.patching import Handle, Method, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "GatedAttention",
     "Handle",
     "Method",
     "Observe",
     "Palette",
+    "Region",
+    "RegionAttention",
     "__version__",
     "backend",
     "ops",

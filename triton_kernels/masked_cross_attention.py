@@ -28,6 +28,16 @@ WORD = tl.constexpr(32)
 
 
 @triton.jit
+def _at(pointer, b, batch_stride, h, head_stride, ALIGNED: tl.constexpr):
+    """Where a head begins. ALIGNED: at a multiple of 16 bytes, which a head of 40 or 80 numbers
+    does not show by itself, and without which each number would be read alone."""
+    offset = b * batch_stride + h * head_stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    return pointer + offset
+
+
+@triton.jit
 def _rows(at, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """[rows, BLOCK_D] of a matrix; zeros beyond ``count`` rows and D columns."""
     d = tl.arange(0, BLOCK_D)
@@ -56,14 +66,16 @@ def _store(at, value, rows, stride, count, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_tokens(at, value, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+def _store_tokens(at, value, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr):
     t = first + tl.arange(0, BLOCK_T)
     at += rows.to(tl.int64)[:, None] * T + t[None, :]
     tl.store(at, value, mask=(rows < N)[:, None] & (t < T)[None, :])
 
 
 @triton.jit
-def _from_bits(words, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T, EVEN: tl.constexpr):
+def _from_bits(
+    words, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr, EVEN: tl.constexpr
+):
     """[rows, BLOCK_T]: whether the bit of each token from ``first`` on is set."""
     t = first + tl.arange(0, BLOCK_T)
     count = (T + WORD - 1) // WORD
@@ -79,7 +91,9 @@ def _from_bits(words, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T, EV
 
 
 @triton.jit
-def _from_regions(pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+def _from_regions(
+    pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr
+):
     t = first + tl.arange(0, BLOCK_T)
     pixel = tl.load(pixels + rows, mask=rows < N, other=0)
     token = tl.load(tokens + t, mask=t < T, other=0)
@@ -88,7 +102,7 @@ def _from_regions(pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constex
 
 @triton.jit
 def _open(
-    words, pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T,
+    words, pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
     BITS: tl.constexpr, REGIONS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """[rows, BLOCK_T]: the tokens from ``first`` on that each row may attend to."""
@@ -103,7 +117,7 @@ def _open(
 
 @triton.jit
 def _gate_logits(
-    features, psi, bias, first: tl.constexpr, BLOCK_T: tl.constexpr, T,
+    features, psi, bias, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = first + tl.arange(0, BLOCK_T)
@@ -129,7 +143,7 @@ def _first_of(z, best, first: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T):
+def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr):
     t = first + tl.arange(0, BLOCK_T)
     count = (T + WORD - 1) // WORD
     bits = open.to(tl.int32) << (t % WORD)[None, :]
@@ -140,8 +154,8 @@ def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N
 
 @triton.jit
 def _scores(
-    query, key, bias, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T, scale, bn, bt,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, bias, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
+    scale, bn, bt, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scaled products of query and key, with the bias, as exponents of 2."""
     s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
@@ -155,21 +169,22 @@ def _scores(
 
 @triton.jit
 def _within(
-    open, first: tl.constexpr, BLOCK_T: tl.constexpr, low: tl.constexpr, high: tl.constexpr
-):
-    """``open``, in the segment from ``low`` up to ``high`` alone."""
-    t = first + tl.arange(0, BLOCK_T)
-    return open & ((t >= low) & (t < high))[None, :]
+    s, open, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf where closed and outside of the segment from ``low`` up to ``high``."""
+    if MASKED or first + BLOCK_T > T:
+        s = tl.where(open, s, float("-inf"))
+    if low > first or (high < T and high < first + BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        s = tl.where(((t >= low) & (t < high))[None, :], s, float("-inf"))
+    return s
 
 
 @triton.jit
-def _largest(s, open):
-    return tl.max(tl.where(open, s, float("-inf")), 1)
-
-
-@triton.jit
-def _powers(s, open, largest):
-    return tl.where(open, tl.exp2(s - largest[:, None]), 0.0)
+def _finite(largest):
+    """0 in a row that may attend to nothing: its powers are then zeros, and not NaN."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
@@ -188,23 +203,25 @@ def _weight(weights, rows, s: tl.constexpr, N, WEIGHTS: tl.constexpr):
 
 @triton.jit
 def _softmax(
-    s0, s1, open0, open1, weights, rows, N,
-    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
+    s0, s1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
+    BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The weighted sum of the segments' probabilities, of both tiles."""
     p0 = tl.zeros(s0.shape, tl.float32)
     p1 = tl.zeros(s1.shape, tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
-        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-        largest = _largest(s0, in0)
+        low: tl.constexpr = SEGMENTS[2 * i]
+        high: tl.constexpr = SEGMENTS[2 * i + 1]
+        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
+        largest = tl.max(e0, 1)
         if BLOCK_T1 > 0:
-            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-            largest = tl.maximum(largest, _largest(s1, in1))
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        e0 = _powers(s0, in0, largest)
+            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
+            largest = tl.maximum(largest, tl.max(e1, 1))
+        largest = _finite(largest)
+        e0 = tl.exp2(e0 - largest[:, None])
         total = tl.sum(e0, 1)
         if BLOCK_T1 > 0:
-            e1 = _powers(s1, in1, largest)
+            e1 = tl.exp2(e1 - largest[:, None])
             total += tl.sum(e1, 1)
         share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
         p0 += e0 * share
@@ -217,13 +234,13 @@ def _softmax(
 def _forward(
     q, k, v, out, words, pixels, tokens, gates, phi, psi, gate_bias, bias, weights,
     qb, qh, qn, kb, kh, kt, vb, vh, vt, ob, oh, on,
-    mb, tb, fb, sb, bb, bh, bn, bt, wb, N, T, share, scale: tl.float32,
-    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    mb, tb, fb, sb, bb, bh, bn, bt, wb, N, share, scale: tl.float32,
+    T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, HEADS: tl.constexpr,
     SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, GATE: tl.constexpr,
     GATE_BIASED: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of HEADS heads, for which the mask is read once."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -274,9 +291,9 @@ def _forward(
         t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
     for i in range(HEADS):
         h = (group * HEADS + i).to(tl.int64)
-        query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
-        keys = k + b // share * kb + h * kh
-        values = v + b // share * vb + h * vh
+        query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
+        keys = _at(k, b // share, kb, h, kh, ALIGNED)
+        values = _at(v, b // share, vb, h, vh, ALIGNED)
         s0 = _scores(
             query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0, BLOCK_T0,
             N, T, scale, bn, bt, BIAS, PRECISION,
@@ -289,20 +306,32 @@ def _forward(
         else:
             s1 = s0
         p0, p1 = _softmax(
-            s0, s1, open0, open1, weights, rows, N, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
+            s0,
+            s1,
+            open0,
+            open1,
+            weights,
+            rows,
+            N,
+            T,
+            BLOCK_T0,
+            BLOCK_T1,
+            SEGMENTS,
+            BITS or REGIONS or GATE,
+            WEIGHTS,
         )
         value = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
         found = tl.dot(p0.to(value.dtype), value, input_precision=PRECISION)
         if BLOCK_T1 > 0:
             value = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
             found = tl.dot(p1.to(value.dtype), value, found, input_precision=PRECISION)
-        _store(out + b * ob + h * oh, found, rows, on, N, DV, EVEN)
+        _store(_at(out, b, ob, h, oh, ALIGNED), found, rows, on, N, DV, EVEN)
 
 
 @triton.jit
 def _score_gradients(
-    s0, s1, g0, g1, open0, open1, weights, rows, N,
-    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
+    s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
+    BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Weighted probabilities of both tiles; and the loss's gradients to the scores, by those to the
     probabilities' weighted sum, ``g``."""
@@ -311,17 +340,19 @@ def _score_gradients(
     d0 = tl.zeros(s0.shape, tl.float32)
     d1 = tl.zeros(s1.shape, tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
-        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-        largest = _largest(s0, in0)
+        low: tl.constexpr = SEGMENTS[2 * i]
+        high: tl.constexpr = SEGMENTS[2 * i + 1]
+        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
+        largest = tl.max(e0, 1)
         if BLOCK_T1 > 0:
-            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-            largest = tl.maximum(largest, _largest(s1, in1))
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        e0 = _powers(s0, in0, largest)
+            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
+            largest = tl.maximum(largest, tl.max(e1, 1))
+        largest = _finite(largest)
+        e0 = tl.exp2(e0 - largest[:, None])
         total = tl.sum(e0, 1)
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
-            e1 = _powers(s1, in1, largest)
+            e1 = tl.exp2(e1 - largest[:, None])
             total += tl.sum(e1, 1)
             mean += tl.sum(e1 * g1, 1)
         inverse = _normalizer(total)
@@ -339,12 +370,13 @@ def _score_gradients(
 def _backward(
     grad, q, k, v, dq, dk, dv, words, pixels, tokens, bias, weights,
     gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt, db, dh, dn,
-    mb, tb, bb, bh, bn, bt, wb, B, H, N, T, share, tiles, scale: tl.float32,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
+    mb, tb, bb, bh, bn, bt, wb, B, H, N, share, tiles, scale: tl.float32,
+    T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
     SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, BIAS: tl.constexpr,
     WEIGHTS: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
     tiles contribute, to be added up."""
@@ -357,8 +389,8 @@ def _backward(
     bias += b * bb + h * bh
     weights += b * wb
     t0 = tl.arange(0, BLOCK_T0)
-    keys = k + b // share * kb + h * kh
-    values = v + b // share * vb + h * vh
+    keys = _at(k, b // share, kb, h, kh, ALIGNED)
+    values = _at(v, b // share, vb, h, vh, ALIGNED)
     key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
     value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
     dk0 = tl.zeros((BLOCK_T0, BLOCK_D), tl.float32)
@@ -371,8 +403,8 @@ def _backward(
         dv1 = tl.zeros((BLOCK_T1, BLOCK_DV), tl.float32)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
-        back = _rows(grad + b * gb + h * gh, rows, gn, N, DV, BLOCK_DV, EVEN)
+        query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
+        back = _rows(_at(grad, b, gb, h, gh, ALIGNED), rows, gn, N, DV, BLOCK_DV, EVEN)
         open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
         s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
         g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
@@ -387,7 +419,21 @@ def _backward(
         else:
             open1, s1, g1 = open0, s0, g0
         p0, p1, d0, d1 = _score_gradients(
-            s0, s1, g0, g1, open0, open1, weights, rows, N, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
+            s0,
+            s1,
+            g0,
+            g1,
+            open0,
+            open1,
+            weights,
+            rows,
+            N,
+            T,
+            BLOCK_T0,
+            BLOCK_T1,
+            SEGMENTS,
+            BITS or REGIONS,
+            WEIGHTS,
         )
         d0 = d0.to(query.dtype)
         if BLOCK_T1 > 0:
@@ -396,7 +442,7 @@ def _backward(
             found = tl.dot(d0, key0, input_precision=PRECISION)
             if BLOCK_T1 > 0:
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
-            _store(dq + b * db + h * dh, found * scale, rows, dn, N, D, EVEN)
+            _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, rows, dn, N, D, EVEN)
         if NEED_K:
             dk0 = tl.dot(tl.trans(d0), query, dk0, input_precision=PRECISION)
             if BLOCK_T1 > 0:
@@ -433,9 +479,9 @@ def _sum(parts, out, size, each, chunks, share, BLOCK: tl.constexpr):
 
 @triton.jit
 def _per_token(
-    s0, s1, g0, g1, open0, open1, weights, rows, N, T,
-    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr,
-    SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
+    BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHTS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
 ):  # fmt: skip
     """The loss's gradients to the scores, or (MULTIPLICATIVE) to gates that multiply their powers;
     and to the weights of the segments [rows, BLOCK_S]."""
@@ -443,40 +489,39 @@ def _per_token(
     d1 = tl.zeros(s1.shape, tl.float32)
     dw = tl.zeros((rows.shape[0], BLOCK_S), tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
-        in0 = _within(open0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-        largest = _largest(s0, in0)
+        low: tl.constexpr = SEGMENTS[2 * i]
+        high: tl.constexpr = SEGMENTS[2 * i + 1]
+        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
+        largest = tl.max(e0, 1)
         if BLOCK_T1 > 0:
-            in1 = _within(open1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-            largest = tl.maximum(largest, _largest(s1, in1))
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        e0 = _powers(s0, in0, largest)
+            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
+            largest = tl.maximum(largest, tl.max(e1, 1))
+        largest = _finite(largest)
+        e0 = tl.exp2(e0 - largest[:, None])
         total = tl.sum(e0, 1)
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
-            e1 = _powers(s1, in1, largest)
+            e1 = tl.exp2(e1 - largest[:, None])
             total += tl.sum(e1, 1)
             mean += tl.sum(e1 * g1, 1)
-        inverse = _normalizer(total)
-        mean = mean * inverse
-        weight = _weight(weights, rows, i, N, WEIGHTS)
+        mean = mean * _normalizer(total)
+        share = _normalizer(total) * _weight(weights, rows, i, N, WEIGHTS)
         dw = tl.where((tl.arange(0, BLOCK_S) == i)[None, :], mean[:, None], dw)
         if MULTIPLICATIVE:
             # Closed ones as well, of this segment. S - lse is at most 0 where one is open.
             lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
-            weight = tl.where(total == 0.0, 0.0, weight)
-            every0 = tl.broadcast_to((tl.arange(0, BLOCK_T0) < T)[None, :], s0.shape)
-            in0 = _within(every0, 0, BLOCK_T0, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-            e0 = _powers(tl.minimum(s0 - lse[:, None], CLAMP * LOG2E), in0, lse * 0.0)
+            share = tl.where(total == 0.0, 0.0, _weight(weights, rows, i, N, WEIGHTS))
+            inside0 = tl.broadcast_to((tl.arange(0, BLOCK_T0) < T)[None, :], s0.shape)
+            e0 = tl.minimum(s0 - lse[:, None], CLAMP * LOG2E)
+            e0 = tl.exp2(_within(e0, inside0, 0, BLOCK_T0, T, low, high, False))
             if BLOCK_T1 > 0:
-                every1 = tl.broadcast_to((BLOCK_T0 + tl.arange(0, BLOCK_T1) < T)[None, :], s1.shape)
-                in1 = _within(every1, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
-                e1 = _powers(tl.minimum(s1 - lse[:, None], CLAMP * LOG2E), in1, lse * 0.0)
-            share = weight[:, None]
-        else:
-            share = (inverse * weight)[:, None]
-        d0 += e0 * share * (g0 - mean[:, None])
+                t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+                inside1 = tl.broadcast_to((t1 < T)[None, :], s1.shape)
+                e1 = tl.minimum(s1 - lse[:, None], CLAMP * LOG2E)
+                e1 = tl.exp2(_within(e1, inside1, BLOCK_T0, BLOCK_T1, T, low, high, False))
+        d0 += e0 * share[:, None] * (g0 - mean[:, None])
         if BLOCK_T1 > 0:
-            d1 += e1 * share * (g1 - mean[:, None])
+            d1 += e1 * share[:, None] * (g1 - mean[:, None])
     return d0, d1, dw
 
 
@@ -499,14 +544,14 @@ def _scores_backward(
     grad, q, k, v, words, pixels, tokens, phi, psi, gate_bias, bias, weights,
     dphi, dpsi, dgate_bias, dbias, dweights,
     gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt,
-    mb, tb, fb, sb, bb, bh, bn, bt, wb, B, N, T, share, tiles, scale: tl.float32,
-    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    mb, tb, fb, sb, bb, bh, bn, bt, wb, B, N, share, tiles, scale: tl.float32,
+    T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr,
     HEADS: tl.constexpr, SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
     GATE: tl.constexpr, GATE_BIASED: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
     BIAS: tl.constexpr, WEIGHTS: tl.constexpr, NEED_BIAS: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients to what is stated for all heads together: one program sums them over HEADS heads,
@@ -542,10 +587,10 @@ def _scores_backward(
             open1 = open0
         for i in range(HEADS):
             h = (group * HEADS + i).to(tl.int64)
-            query = _rows(q + b * qb + h * qh, rows, qn, N, D, BLOCK_D, EVEN)
-            back = _rows(grad + b * gb + h * gh, rows, gn, N, DV, BLOCK_DV, EVEN)
-            keys = k + b // share * kb + h * kh
-            values = v + b // share * vb + h * vh
+            query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
+            back = _rows(_at(grad, b, gb, h, gh, ALIGNED), rows, gn, N, DV, BLOCK_DV, EVEN)
+            keys = _at(k, b // share, kb, h, kh, ALIGNED)
+            values = _at(v, b // share, vb, h, vh, ALIGNED)
             s0 = _scores(
                 query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0,
                 BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION,
@@ -563,7 +608,7 @@ def _scores_backward(
                 s1, g1 = s0, g0
             more0, more1, morew = _per_token(
                 s0, s1, g0, g1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, BLOCK_S,
-                SEGMENTS, WEIGHTS, MULTIPLICATIVE,
+                SEGMENTS, BITS or REGIONS, WEIGHTS, MULTIPLICATIVE,
             )  # fmt: skip
             d0 += more0
             if BLOCK_T1 > 0:
@@ -588,8 +633,11 @@ def _scores_backward(
             )  # fmt: skip
             dz = _through_gate(z, d0, T, 0, BLOCK_T0, MULTIPLICATIVE)
             dshift += tl.sum(tl.where((rows < N)[:, None], dz, 0.0), 1)
-            wide = features.to(tl.float32)
-            token = _rows(psi + b * sb, t0, R, T, R, BLOCK_R, False).to(tl.float32)
+            # In float16 what is bounded by CLAMP would run over; bfloat16 holds it.
+            like = tl.bfloat16 if features.dtype == tl.bfloat16 else tl.float32
+            wide = features.to(like)
+            token = _rows(psi + b * sb, t0, R, T, R, BLOCK_R, False).to(like)
+            dz = dz.to(like)
             found = tl.dot(dz, token, input_precision=WIDE)
             dpsi0 = tl.dot(tl.trans(dz), wide, dpsi0, input_precision=WIDE)
             if BLOCK_T1 > 0:
@@ -599,7 +647,8 @@ def _scores_backward(
                 )  # fmt: skip
                 dz = _through_gate(z, d1, T, BLOCK_T0, BLOCK_T1, MULTIPLICATIVE)
                 dshift += tl.sum(tl.where((rows < N)[:, None], dz, 0.0), 1)
-                token = _rows(psi + b * sb, t1, R, T, R, BLOCK_R, False).to(tl.float32)
+                token = _rows(psi + b * sb, t1, R, T, R, BLOCK_R, False).to(like)
+                dz = dz.to(like)
                 found = tl.dot(dz, token, found, input_precision=WIDE)
                 dpsi1 = tl.dot(tl.trans(dz), wide, dpsi1, input_precision=WIDE)
             _store(dphi + b * N * R, found * root, rows, R, N, R, EVEN)
@@ -626,20 +675,76 @@ class Tile:
     warps: int
 
 
-def tile_of(q: Tensor, tokens: int, width: int) -> Tile:
-    """The tile for so many tokens, and rows of this width."""
-    # 77 tokens as 64 + 16 took half the time of 128.
+# Numbers of a tile of keys, up to which so many rows fit beside it in the registers of eight warps:
+# of bfloat16 with 77 tokens, heads of 64, of 128, of 256. More spill, by the compiler's report.
+FORWARD_ROWS = ((5120, 128), (10240, 64), (16384, 32))
+BACKWARD_ROWS = ((5120, 64), (10240, 32))
+FEWEST_ROWS = 16
+WARPS = 8
+
+
+def token_tiles(tokens: int) -> tuple[int, int]:
+    """The sizes of the first and the second tile of tokens; 0 for none."""
     whole = max(16, triton.next_power_of_2(tokens))
     half = whole // 2
     rest = max(16, triton.next_power_of_2(max(1, tokens - half)))
-    t0, t1 = (half, rest) if whole > 64 and rest < half else (whole, 0)
-    # Registers hold the scores of a row and what is added up of its output.
-    small = t0 <= 64 and width <= 64
-    large = t0 > 128 or width > 128
-    n = 128 if small else 32 if large else 64
-    if q.dtype == torch.float32:
-        n //= 2
-    return Tile(max(16, n), t0, t1, 8 if n == 128 else 4)
+    # 77 tokens as 64 + 16 took half the time of 128.
+    return (half, rest) if whole > 64 and rest < half else (whole, 0)
+
+
+def _size(dtype: torch.dtype, tokens: int, width: int) -> int:
+    # float32 is multiplied as the sum of three products, of parts that take more registers.
+    return sum(token_tiles(tokens)) * _block(width) * (4 if dtype == torch.float32 else 1)
+
+
+def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
+    """For so many tokens, and heads of this width."""
+    size = _size(dtype, tokens, width)
+    n = next((rows for most, rows in FORWARD_ROWS if size <= most), FEWEST_ROWS)
+    return Tile(n, *token_tiles(tokens), WARPS)
+
+
+def backward_tile(dtype: torch.dtype, tokens: int, width: int, added: bool = False) -> Tile:
+    """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
+    size = _size(dtype, tokens, width) * (2 if added else 1)
+    n = next((rows for most, rows in BACKWARD_ROWS if size <= most), FEWEST_ROWS)
+    # Of AMD's wider warps, four hold what eight do here, and eight spill.
+    return Tile(n, *token_tiles(tokens), WARPS // 2 if amd() else WARPS)
+
+
+def amd() -> bool:
+    return torch.version.hip is not None
+
+
+def refuses(q: Tensor, tokens: int, width: int) -> str | None:
+    """Why these kernels can't take q [B, H, N, D] and so many tokens of this width; or None."""
+    if q.dtype == torch.float64:
+        return "it takes no float64"
+    if tokens > MOST_TOKENS:
+        return f"it takes up to {MOST_TOKENS} tokens, and these are {tokens}"
+    wider = max(q.shape[-1], width)
+    if amd():
+        if tokens > 96 or _size(q.dtype, tokens, wider) > BACKWARD_ROWS[-1][0]:  # they would spill
+            return f"on AMD's chips it takes no {tokens} tokens of {wider} numbers"
+        return None
+    needed, there = shared_memory(q.dtype, tokens, wider), _shared_memory(q)
+    if needed > there:
+        return f"{tokens} tokens of {wider} numbers need {needed} bytes shared, {there} exist"
+    return None
+
+
+def shared_memory(dtype: torch.dtype, tokens: int, width: int) -> int:
+    """Bytes that a program may need, generously: the compiler says exactly, but only afterwards."""
+    tile, block = backward_tile(dtype, tokens, width), _block(width)
+    numbers = 1.8 * (tile.t0 + tile.t1) * 2 * block
+    numbers += 1.5 * tile.n * 2 * (block + tile.t0 + tile.t1)
+    return int(numbers * (8 if dtype == torch.float32 else 2))
+
+
+def _shared_memory(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 1 << 30  # in the interpreter
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
 
 
 def heads_of(q: Tensor, tile: Tile, masked: bool, gated: bool) -> int:
@@ -712,7 +817,7 @@ def forward(
     bits, pixels, tokens, phi, psi, weights = map(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
-    tile = tile_of(q, count, max(d, width))
+    tile = forward_tile(q.dtype, count, max(d, width))
     masked = bits is not None or pixels is not None
     each = heads_of(q, tile, masked or phi is not None, phi is not None)
     features = 1 if phi is None else phi.shape[-1]
@@ -724,11 +829,11 @@ def forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
             _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
-            n, count, batch // len(k), scale,
-            D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+            n, batch // len(k), scale,
+            T=count, D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
             BLOCK_R=_block(features), HEADS=each, SEGMENTS=tuple(segments), GATE=phi is not None,
             GATE_BIASED=gate_bias is not None, num_warps=tile.warps,
-            **_common(q, tile, bits, pixels, bias, weights),
+            **_common((q, k, v, out), tile, bits, pixels, bias, weights),
         )  # fmt: skip
     return out, gates
 
@@ -746,14 +851,24 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _aligned(tensor: Tensor) -> bool:
+    """Whether each head's rows begin at multiples of eight numbers."""
+    return tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in tensor.stride()[:3])
+
+
+def _exactly() -> str:
+    return "ieee" if amd() else "tf32x3"
+
+
 def _common(
-    q: Tensor,
+    heads: Sequence[Tensor],
     tile: Tile,
     bits: Tensor | None,
     pixels: Tensor | None,
     bias: Tensor | None,
     weights: Tensor | None,
 ) -> dict[str, Any]:
+    q = heads[0]
     return {
         "BLOCK_N": tile.n,
         "BLOCK_T0": tile.t0,
@@ -763,8 +878,11 @@ def _common(
         "BIAS": bias is not None,
         "WEIGHTS": weights is not None,
         "EVEN": q.shape[2] % tile.n == 0,
-        # As PyTorch multiplies float32, which is not in TF32 unless asked for.
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "ALIGNED": all(map(_aligned, heads)),
+        # As exact as PyTorch, which does not multiply in TF32 unless asked for.
+        "PRECISION": _exactly() if q.dtype == torch.float32 else "tf32",
+        # Loads of the next head's, ahead of time, would take the shared memory of other programs.
+        "num_stages": 1,
     }
 
 
@@ -795,7 +913,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
     bits, pixels, tokens, weights = map(_contiguous, (bits, pixels, tokens, weights))
-    tile = tile_of(q, count, max(d, width))
+    tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
     chunks = _chunks(q, batch * heads, every) if need_k or need_v else every
@@ -812,10 +930,11 @@ def backward(
             *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *(dq.stride()[:3] if need_q else (0, 0, 0)),
             _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
-            *_strides(added), _batch_stride(weights), batch, heads, n, count, share, tiles, scale,
-            D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width), SEGMENTS=tuple(segments),
-            NEED_Q=need_q, NEED_K=need_k, NEED_V=need_v, num_warps=tile.warps,
-            **_common(q, tile, bits, pixels, bias, weights),
+            *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
+            T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+            SEGMENTS=tuple(segments), NEED_Q=need_q, NEED_K=need_k, NEED_V=need_v,
+            num_warps=tile.warps,
+            **_common((q, k, v, grad), tile, bits, pixels, bias, weights),
         )  # fmt: skip
         for needed, parts, total in ((need_k, parts_k, dk), (need_v, parts_v, dv)):
             if needed:
@@ -864,9 +983,9 @@ def scores_backward(
     bits, pixels, tokens, phi, psi, weights = map(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
-    tile = tile_of(q, count, max(d, width))
+    tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
     # Its programs hold more: scores and their gradients, and those to the features.
-    tile = Tile(max(16, tile.n // 2), tile.t0, tile.t1, tile.warps)
+    tile = Tile(max(FEWEST_ROWS, tile.n // 2), tile.t0, tile.t1, tile.warps)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     groups = heads if need_bias and bias is not None and bias.shape[1] > 1 else 1
     features = phi.shape[-1] if need_gate and phi is not None else 1
@@ -893,13 +1012,13 @@ def scores_backward(
                 *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
                 _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
-                batch, n, count, batch // len(k), tiles, scale,
-                D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+                batch, n, batch // len(k), tiles, scale,
+                T=count, D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
                 BLOCK_R=_block(features), BLOCK_S=triton.next_power_of_2(pieces),
                 HEADS=heads // groups, SEGMENTS=tuple(segments), GATE=need_gate,
                 GATE_BIASED=gate_bias is not None, MULTIPLICATIVE=multiplicative and need_gate,
                 NEED_BIAS=need_bias, NEED_WEIGHTS=need_weights, num_warps=tile.warps,
-                WIDE="ieee" if q.dtype == torch.float32 else "tf32",
-                **_common(q, tile, bits, pixels, bias, weights),
+                WIDE=_exactly() if q.dtype == torch.float32 else "tf32",
+                **_common((q, k, v, grad), tile, bits, pixels, bias, weights),
             )  # fmt: skip
     return dphi, dpsi, dshift, dbias, dweights

@@ -7,10 +7,12 @@ UNet between calls, by LoRA, IP-Adapter or the user, is met as it is then.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -56,7 +58,7 @@ def check_processor(name: str, attention: Any) -> None:
     processor = type(attention.processor).__name__
     if isinstance(attention.processor, Masked):
         raise TypeError("two methods that mask the cross-attention can't be on one pipeline")
-    if getattr(attention, "fused_projections", False):
+    if processor.startswith("Fused"):
         raise TypeError(f"{name} has fused projections; call pipe.unfuse_qkv_projections() first")
     if processor not in PLAIN:
         other = "an IP-Adapter" if "IPAdapter" in processor else f"a {processor}"
@@ -64,40 +66,51 @@ def check_processor(name: str, attention: Any) -> None:
 
 
 _active: ContextVar[Any] = ContextVar("sdcore_masked", default=None)
+_turns: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _turn(unet: Any) -> threading.RLock:
+    with _turns_lock:
+        return _turns.setdefault(getattr(unet, "_orig_mod", unet), threading.RLock())
 
 
 @contextlib.contextmanager
 def masked(
-    unet: Any, names: Iterable[str], wanted: Callable[[Layer], Wanted | None]
+    unet: Any,
+    names: Iterable[str],
+    wanted: Callable[[Layer], Wanted | None],
+    *,
+    all_threads: bool = False,
 ) -> Iterator[None]:
     """Within it these cross-attentions ask ``wanted`` at each of their calls, and attend so; None
-    leaves a call as it is. Calls of the UNet in other threads stay as they are too.
+    leaves a call as it is. Calls of the UNet in other threads stay as they are too, unless
+    ``all_threads``: gradient checkpointing computes layers again in a thread of autograd's. Threads
+    that mask one UNet take turns.
 
     Raises:
         TypeError: a processor that computes something else than plain attention.
     """
-    parts = layers(unet)
-    chosen = {name: parts[name] for name in names}
-    for name, attention in chosen.items():
-        check_processor(name, attention)
     key = object()
-    before = {name: attention.processor for name, attention in chosen.items()}
-    token = _active.set(key)
-    try:
+    with _turn(unet), contextlib.ExitStack() as stack:
+        parts = layers(unet)
+        chosen = {name: parts[name] for name in names}
         for name, attention in chosen.items():
-            attention.processor = Masked(name, before[name], wanted, key)
+            check_processor(name, attention)
+        stack.callback(_active.reset, _active.set(key))
+        for name, attention in chosen.items():
+            stack.callback(setattr, attention, "processor", attention.processor)
+            attention.processor = Masked(
+                name, attention.processor, wanted, None if all_threads else key
+            )
         yield
-    finally:
-        for name, processor in before.items():
-            chosen[name].processor = processor
-        _active.reset(token)
 
 
 class Masked:
     """A processor of Diffusers' ``Attention``; ``inner`` is what it stands in for."""
 
     def __init__(
-        self, name: str, inner: Any, wanted: Callable[[Layer], Wanted | None], key: object
+        self, name: str, inner: Any, wanted: Callable[[Layer], Wanted | None], key: object | None
     ) -> None:
         self.name, self.inner, self.wanted, self.key = name, inner, wanted, key
 
@@ -112,7 +125,8 @@ class Masked:
         **options: Any,
     ) -> Tensor:
         wanted = None
-        if _active.get() is self.key and encoder_hidden_states is not None:
+        here = self.key is None or _active.get() is self.key
+        if here and encoder_hidden_states is not None:
             wanted = self.wanted(Layer(self.name, hidden_states, encoder_hidden_states))
         if wanted is None:
             return self.inner(

@@ -106,13 +106,16 @@ def value_and_gradients(
     return [one.detach().cpu().double() for one in (out, *found)]
 
 
-def assert_twice_as_good(
-    ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype
+def assert_as_good(
+    ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype, times: float
 ) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, plus its epsilon."""
+    """At most so many times the error of plain PyTorch in the same dtype, plus its epsilon."""
     epsilon = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
     for number, (one, other, right) in enumerate(zip(ours, plain, exact, strict=True)):
-        error, allowed = (one - right).norm(), 2 * (other - right).norm() + epsilon * right.norm()
+        error, allowed = (
+            (one - right).norm(),
+            times * (other - right).norm() + epsilon * right.norm(),
+        )
         allowed += torch.finfo(dtype).smallest_normal * math.sqrt(right.numel())
         if right.numel() == 1 and number:  # the gate's bias: a sum of much that cancels, psi's not
             allowed += 8 * epsilon * exact[number - 1].norm()
@@ -141,7 +144,9 @@ def compare(
             grad.to(platform.device),
             **there,
         )
-    assert_twice_as_good(ours, plain, exact, dtype)
+    # On a CPU it is PyTorch's own fused attention, whose error is up to 2.4 times that of the
+    # formula written out.
+    assert_as_good(ours, plain, exact, dtype, 3 if platform == Platform("cpu", "reference") else 2)
 
 
 def some_points(batch: int, heads: int, n: int, tokens: int, d: int, width: int) -> list[Tensor]:
