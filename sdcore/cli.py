@@ -1,4 +1,4 @@
-"""The command line: ``sdcore info``, ``sdcore recolor`` and ``sdcore generate``.
+"""The command line: ``sdcore info``, ``recolor``, ``generate`` and ``regions``.
 
 A command that can't do what it was asked says so in one line and exits with 2, before it starts
 on anything that takes time.
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from sdcore import __version__, backends, images
+from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.patching import patch
 from sdcore.recolor import DIRECTIONS, STEPS, recolor
 
 EMBEDDED = "embedded:"  # before the name of a model that comes with the package
@@ -130,6 +132,7 @@ def _parser() -> Parser:
     _add_common(command, seed_of="the directions")
     command.set_defaults(run=_recolor)
     _add_generate(commands)
+    _add_regions(commands)
     return parser
 
 
@@ -139,6 +142,50 @@ def _add_generate(commands: Any) -> None:
         help="make pictures from a prompt",
         description="Make pictures from PROMPT with a Diffusers model.",
     )
+    _add_picture(command, "generated.png", "; of several, a number is added to the name")
+    command.add_argument("--count", type=_positive, default=1, help="of pictures (%(default)s)")
+    _add_common(command, seed_of="the first picture")
+    command.set_defaults(run=_generate)
+
+
+def _add_regions(commands: Any) -> None:
+    command = commands.add_parser(
+        "regions",
+        help="make a picture in which phrases of the prompt have their places",
+        description="Make a picture from PROMPT in which each region shows its phrase, and draw "
+        "where the phrases were attended to.",
+        epilog="A region is 'PHRASE: left,top,right,bottom', shares of width and height from the "
+        "upper left corner, or 'PHRASE: FILE', an image that is light inside of the region.",
+    )
+    command.add_argument(
+        "--region",
+        dest="regions",
+        action="append",
+        required=True,
+        metavar="REGION",
+        help="a phrase of the prompt and its place; may be given several times",
+    )
+    command.add_argument(
+        "--base",
+        type=float,
+        default=1.0,
+        metavar="B",
+        help="how much the rest of the prompt counts inside regions, 0 to 1 (%(default)s)",
+    )
+    _add_picture(command, "regions.png", "")
+    command.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("regions-figure.png"),
+        metavar="FILE",
+        help="where the figure goes: the regions, and where phrases were attended to "
+        "(default: %(default)s)",
+    )
+    _add_common(command, seed_of="the picture")
+    command.set_defaults(run=_regions)
+
+
+def _add_picture(command: argparse.ArgumentParser, output: str, more: str) -> None:
     command.add_argument("--prompt", required=True, help="what to show")
     command.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     command.add_argument(
@@ -150,11 +197,10 @@ def _add_generate(commands: Any) -> None:
     command.add_argument(
         "--output",
         type=Path,
-        default=Path("generated.png"),
+        default=Path(output),
         metavar="FILE",
-        help="where the picture goes; of several, a number is added to the name (%(default)s)",
+        help=f"where the picture goes{more} (%(default)s)",
     )
-    command.add_argument("--count", type=_positive, default=1, help="of pictures (%(default)s)")
     command.add_argument("--steps", type=_positive, default=20, metavar="N", help="(%(default)s)")
     command.add_argument(
         "--guidance", type=float, default=5.0, metavar="G", help="towards the prompt (%(default)s)"
@@ -163,8 +209,6 @@ def _add_generate(commands: Any) -> None:
         command.add_argument(
             f"--{side}", type=_positive, metavar="PIXELS", help="default: the model's"
         )
-    _add_common(command, seed_of="the first picture")
-    command.set_defaults(run=_generate)
 
 
 def _add_common(command: argparse.ArgumentParser, seed_of: str) -> None:
@@ -246,6 +290,64 @@ def _generate(args: argparse.Namespace) -> None:
     )
     for file in files:
         images.check_writable(file)
+    pipe = _loaded(args, device)
+    for number, file in enumerate(files):
+        start = time.perf_counter()
+        picture = _picture(pipe, args, args.seed + number)
+        images.write(picture, file)
+        if not args.quiet:
+            seconds = time.perf_counter() - start
+            print(f"{file}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+
+
+def _regions(args: argparse.Namespace) -> None:
+    _need(PILLOW, MATPLOTLIB, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
+    device = _device(args.device)
+    method = _region_attention(args)
+    _check_outputs(args.output, args.figure, [])
+    pipe = _loaded(args, device)
+    start = time.perf_counter()
+    try:
+        handle = patch(pipe, method)
+    except TypeError as error:
+        raise CommandError(f"{args.model} can't take regions: {error}") from error
+    with handle:
+        picture = _picture(pipe, args, args.seed)
+    images.write(picture, args.output)
+    from sdcore import figures
+
+    named = [(region.phrase, region.box) for region in method.regions]
+    figures.draw_regions(picture, named, [found[0] for found in method.maps]).savefig(args.figure)
+    if not args.quiet:
+        seconds = time.perf_counter() - start
+        print(f"{args.output}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+        print(f"{args.figure}: where each phrase was attended to")
+
+
+def _region_attention(args: argparse.Namespace) -> RegionAttention:
+    try:
+        return RegionAttention(*map(_region, args.regions), base=args.base, keep_maps=True)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _region(text: str) -> Region:
+    phrase, colon, place = (part.strip() for part in text.rpartition(":"))
+    if not colon or not phrase or not place:
+        raise ValueError(
+            f"a region is 'PHRASE: left,top,right,bottom' or 'PHRASE: FILE'; got {text!r}"
+        )
+    parts = place.split(",")
+    try:
+        box = tuple(float(part) for part in parts)
+    except ValueError:
+        return Region(phrase, mask=place)
+    if len(box) != 4:
+        raise ValueError(f"a box is left,top,right,bottom; got {place!r} for {phrase!r}")
+    return Region(phrase, box=box)
+
+
+def _loaded(args: argparse.Namespace, device: torch.device) -> Any:
     if args.quiet:
         _hide_progress()
     start = time.perf_counter()
@@ -253,27 +355,25 @@ def _generate(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=args.quiet)
     if not args.quiet:
         print(f"{args.model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
-    for number, file in enumerate(files):
-        generator = torch.Generator("cpu").manual_seed((args.seed + number) % (1 << 64))
-        start = time.perf_counter()
-        try:
-            picture = pipe(
-                args.prompt,
-                negative_prompt=args.negative,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance,
-                height=args.height,
-                width=args.width,
-                generator=generator,
-                output_type="pt",
-            ).images[0]
-        except (TypeError, ValueError) as error:
-            raise CommandError(f"{args.model} can't make this picture: {error}") from error
-        picture = picture.float().cpu().permute(1, 2, 0)
-        images.write(images.quantize(picture), file)
-        if not args.quiet:
-            seconds = time.perf_counter() - start
-            print(f"{file}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+    return pipe
+
+
+def _picture(pipe: Any, args: argparse.Namespace, seed: int) -> Tensor:
+    """[H, W, 3], uint8."""
+    try:
+        picture = pipe(
+            args.prompt,
+            negative_prompt=args.negative,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            height=args.height,
+            width=args.width,
+            generator=torch.Generator("cpu").manual_seed(seed % (1 << 64)),
+            output_type="pt",
+        ).images[0]
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{args.model} can't make this picture: {error}") from error
+    return images.quantize(picture.float().cpu().permute(1, 2, 0))
 
 
 def _hide_progress() -> None:

@@ -1,4 +1,4 @@
-"""The figures that ``sdcore recolor`` and :class:`sdcore.Observe` draw."""
+"""The figures that commands and methods draw."""
 
 from __future__ import annotations
 
@@ -133,3 +133,43 @@ def draw_lines(
         if any(lines):
             axes.legend(frameon=False, labelcolor=INK, loc="best")
     return figure
+
+
+def draw_regions(
+    picture: Tensor,
+    regions: Sequence[tuple[Any, tuple[float, ...] | None]],
+    maps: Sequence[Tensor],
+) -> Figure:
+    """A picture [H, W, 3] with the boxes of its regions; and for each where its phrase was attended
+    to, [h, w] in [0, 1], the brighter the more. Regions without a box have None."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(3 * (1 + len(maps)), 3.3), dpi=110, facecolor="white", layout="constrained"
+    )
+    height, width = picture.shape[:2]
+    first, *others = figure.subplots(1, 1 + len(maps))
+    first.imshow(picture.numpy())
+    first.set_title("picture and regions", color=INK, fontsize=11)
+    for number, ((phrase, box), axes, found) in enumerate(zip(regions, others, maps, strict=True)):
+        color = LINES[number % len(LINES)]
+        # Each over the whole of its own range: words share attention with the start token.
+        axes.imshow(found.numpy(), cmap="gray", extent=(0, width, height, 0))
+        title = phrase if isinstance(phrase, str) else f"tokens {phrase}"
+        most = float(found.max())
+        axes.set_title(f"{title}, up to {most:.0%}", color=color, fontsize=11, parse_math=False)
+        if box is not None:
+            for panel in (first, axes):
+                panel.add_patch(_box(box, width, height, color))
+    for axes in (first, *others):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(FAINT)
+    return figure
+
+
+def _box(box: tuple[float, ...], width: int, height: int, color: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    corner, size = (left * width, top * height), ((right - left) * width, (bottom - top) * height)
+    return Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=2.5)

@@ -131,6 +131,56 @@ def test_generate_says_what_is_wrong_in_one_line(
     assert not Path("generated.png").exists()
 
 
+def test_regions_writes_a_picture_and_a_figure(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    model = str(trained / "models" / "v1")
+    asked = ["--prompt", "a red circle left of a blue square", "--steps", "2", "--model", model]
+    asked += ["--device", "cpu", "--quiet"]
+    images.write(images.quantize(torch.eye(128)[..., None].expand(-1, -1, 3)), Path("mask.png"))
+    regions = ["--region", "a red circle: 0,0,0.5,1", "--region", "blue square: mask.png"]
+    assert cli.main(["regions", *asked, *regions, "--base", "0"]) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main(["generate", *asked, "--output", "plain.png"]) == 0
+    found, plain = images.read(Path("regions.png")), images.read(Path("plain.png"))
+    assert found.shape == plain.shape == (128, 128, 3)
+    assert not found.equal(plain)
+    figure = images.read(Path("regions-figure.png"))
+    assert figure.shape[1] > 2.5 * figure.shape[0]  # three panels
+    # The diagonal is drawn as where its phrase was attended to.
+    assert figure.unique(dim=0).shape[0] > 50
+
+
+@pytest.mark.parametrize(
+    "region, complaint",
+    [
+        ("a red circle", "a region is 'PHRASE: left,top,right,bottom'"),
+        ("a red circle: 0,0,1", "a box is left,top,right,bottom"),
+        ("a red circle: 0,0,2,1", "box must be"),
+        ("a red circle: nowhere.png", "nowhere.png"),
+        ("a star: 0,0,1,1", "the phrase 'a star' is not in the prompt"),
+    ],
+)
+def test_regions_says_what_is_wrong_in_one_line(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    region: str,
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["regions", "--prompt", "a red circle", "--region", region, "--quiet"]
+    asked += ["--model", str(trained / "models" / "v1"), "--device", "cpu"]
+    assert cli.main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sdcore regions: error: ") and complaint in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 class Toy(nn.Module):
     """With a convolution, of which the layout in memory changes for training."""
 
