@@ -182,9 +182,26 @@ def _within(
 
 
 @triton.jit
-def _finite(largest):
-    """0 in a row that may attend to nothing: its powers are then zeros, and not NaN."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
+def _powers(
+    s0, s1, open0, open1, T: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Of a segment's scores, in both tiles: their powers over that of the largest, zero where
+    closed; the sum of these; and the largest."""
+    e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
+    e1 = e0
+    largest = tl.max(e0, 1)
+    if BLOCK_T1 > 0:
+        e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
+        largest = tl.maximum(largest, tl.max(e1, 1))
+    # In a row that may attend to nothing, powers are zeros then, and not NaN.
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    e0 = tl.exp2(e0 - largest[:, None])
+    total = tl.sum(e0, 1)
+    if BLOCK_T1 > 0:
+        e1 = tl.exp2(e1 - largest[:, None])
+        total += tl.sum(e1, 1)
+    return e0, e1, total, largest
 
 
 @triton.jit
@@ -212,17 +229,9 @@ def _softmax(
     for i in tl.static_range(len(SEGMENTS) // 2):
         low: tl.constexpr = SEGMENTS[2 * i]
         high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
-        largest = tl.max(e0, 1)
-        if BLOCK_T1 > 0:
-            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
-            largest = tl.maximum(largest, tl.max(e1, 1))
-        largest = _finite(largest)
-        e0 = tl.exp2(e0 - largest[:, None])
-        total = tl.sum(e0, 1)
-        if BLOCK_T1 > 0:
-            e1 = tl.exp2(e1 - largest[:, None])
-            total += tl.sum(e1, 1)
+        e0, e1, total, _ = _powers(
+            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
+        )
         share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
         p0 += e0 * share
         if BLOCK_T1 > 0:
@@ -342,18 +351,11 @@ def _score_gradients(
     for i in tl.static_range(len(SEGMENTS) // 2):
         low: tl.constexpr = SEGMENTS[2 * i]
         high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
-        largest = tl.max(e0, 1)
-        if BLOCK_T1 > 0:
-            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
-            largest = tl.maximum(largest, tl.max(e1, 1))
-        largest = _finite(largest)
-        e0 = tl.exp2(e0 - largest[:, None])
-        total = tl.sum(e0, 1)
+        e0, e1, total, _ = _powers(
+            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
+        )
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
-            e1 = tl.exp2(e1 - largest[:, None])
-            total += tl.sum(e1, 1)
             mean += tl.sum(e1 * g1, 1)
         inverse = _normalizer(total)
         mean = mean * inverse
@@ -491,18 +493,11 @@ def _per_token(
     for i in tl.static_range(len(SEGMENTS) // 2):
         low: tl.constexpr = SEGMENTS[2 * i]
         high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
-        largest = tl.max(e0, 1)
-        if BLOCK_T1 > 0:
-            e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
-            largest = tl.maximum(largest, tl.max(e1, 1))
-        largest = _finite(largest)
-        e0 = tl.exp2(e0 - largest[:, None])
-        total = tl.sum(e0, 1)
+        e0, e1, total, largest = _powers(
+            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
+        )
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
-            e1 = tl.exp2(e1 - largest[:, None])
-            total += tl.sum(e1, 1)
             mean += tl.sum(e1 * g1, 1)
         mean = mean * _normalizer(total)
         share = _normalizer(total) * _weight(weights, rows, i, N, WEIGHTS)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdcore import images
 from sdcore.masks import RegionMask
 from sdcore.methods.cross_attention import Layer, Wanted, check_processor, layers, masked, side_of
 from sdcore.patching import Call, Method, Run
@@ -326,6 +325,8 @@ def _read_mask(mask: Any) -> Tensor:
             raise TypeError(
                 f"mask must be a tensor, an image of Pillow's or a path; got {type(mask).__name__}"
             )
+        from sdcore import images
+
         with images.opened(Path(mask) if is_path else mask, str(mask) if is_path else "mask") as it:
             found = _picture_mask(it)
     if not found.any():
@@ -352,6 +353,8 @@ def _tensor_mask(mask: Tensor) -> Tensor:
 
 def _picture_mask(image: Image.Image) -> Tensor:
     import numpy as np
+
+    from sdcore import images
 
     levels, white = images.gray_levels(image), 65535
     if levels is None:
