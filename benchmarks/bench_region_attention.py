@@ -1,0 +1,243 @@
+"""What masks on the cross-attention cost in a UNet, and what regions do to pictures.
+
+``python -m benchmarks.bench_region_attention [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_region_attention --quality [v1 v2] [--folder FOLDER] [--csv FILE]
+[--sheets FOLDER]``
+
+Cost: one call of a UNet in a CUDA graph, two rows, as it is, with RegionAttention's masks on all
+cross-attentions, and with GatedAttention on its default layers, heads of the UNet's dtype, in
+inference. The UNet has the size of SDXL's, with random weights in bfloat16, for 1024 pixels; on a
+CPU that of the embedded xl, wall clock.
+
+Quality: prompts of two things, each of which is given a half of the picture, the same seeds with
+the method and without. A picture counts where both things, by the reader, are there with their
+color and shape and the center within their half; with a 95 % interval (Wilson's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sdcore
+from benchmarks import bench_patching, measure
+from benchmarks.measure import Row
+from sdcore import embedded
+from sdcore.embedded import evaluate, reader, world
+from sdcore.masks import RegionMask
+from sdcore.methods.cross_attention import Layer, Wanted, layers, masked
+
+SETS = 3  # of inputs
+HALVES = {
+    "left of": ((0, 0, 0.5, 1), (0.5, 0, 1, 1)),
+    "above": ((0, 0, 1, 0.5), (0, 0.5, 1, 1)),
+}
+LINK = {"left of": "to the left of", "above": "above"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost
+
+
+def cost(device: str) -> list[Row]:
+    pipe, options = bench_patching.pipeline(device)
+    unet = pipe.unet.requires_grad_(False)
+    inputs = [_inputs(options) for _ in range(SETS)]
+
+    def call(sample: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+        times = torch.zeros(len(sample), 6, device=device, dtype=sample.dtype)
+        with torch.no_grad():
+            return unet(
+                sample,
+                500,
+                text,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": times},
+                return_dict=False,
+            )[0]
+
+    plain = call(*inputs[0])
+    gates = sdcore.GatedAttention.for_unet(unet).to(unet.dtype)
+    gates.watch = False
+    ways = {
+        "as it is": contextlib.nullcontext(),
+        "regions": _regions(unet, inputs[0], open_to_all=False),
+        "regions, all open": _regions(unet, inputs[0], open_to_all=True),
+        "gates, all open": gates.attached(unet),
+    }
+    taken = []
+    for name, way in ways.items():
+        with way:
+            off = float((call(*inputs[0]) - plain).norm() / plain.norm())
+            milliseconds, spread, how = measure.milliseconds(call, inputs, device)
+        if "all open" in name and off > 0.05:
+            raise SystemExit(f"{name}: off by {off:.3g}")
+        if name == "regions" and off < 1e-4:
+            raise SystemExit("regions change nothing")
+        taken.append((name, off, milliseconds, spread, how))
+    side = unet.config.sample_size * pipe.vae_scale_factor
+    what = f"SDXL's UNet, {side}², 2 rows" if device == "cuda" else "the embedded xl's, 2 rows"
+    return [
+        Row(
+            "region_attention",
+            what,
+            name,
+            str(unet.dtype).removeprefix("torch."),
+            milliseconds,
+            spread,
+            how,
+            "the reference" if name == "as it is" else f"differs by {off:.1e}",
+            ratios={"as it is": taken[0][2] / milliseconds},
+            device=device,
+        )
+        for name, off, milliseconds, spread, how in taken
+    ]
+
+
+def _inputs(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows: of the negative prompt and of the prompt."""
+    text, pooled = (
+        torch.cat([options[f"negative_{name}"], options[name]])
+        for name in ("prompt_embeds", "pooled_prompt_embeds")
+    )
+    latents = options["latents"]
+    return torch.randn_like(latents).repeat(2, 1, 1, 1), text, pooled
+
+
+@contextlib.contextmanager
+def _regions(unet: Any, inputs: tuple[Tensor, ...], open_to_all: bool) -> Iterator[None]:
+    """Two regions side by side, each with eight of the tokens; or the same with all tokens open."""
+    made: dict[int, RegionMask] = {}
+    rows, count = inputs[1].shape[:2]
+
+    def wanted(layer: Layer) -> Wanted:
+        n = layer.hidden_states.shape[1]
+        if n not in made:
+            made[n] = mask(n, layer.hidden_states.device)
+        return Wanted(made[n])
+
+    def mask(n: int, device: torch.device) -> RegionMask:
+        pixels = torch.ones(1, n, 3, dtype=torch.bool)
+        left = torch.arange(n) % math.isqrt(n) < math.isqrt(n) / 2
+        pixels[0, :, 1], pixels[0, :, 2] = left, ~left
+        tokens = torch.zeros(rows, count, 3, dtype=torch.bool)
+        tokens[..., 0] = True
+        if not open_to_all:
+            tokens[:, 1:17, 0] = False
+            tokens[:, 1:9, 1], tokens[:, 9:17, 2] = True, True
+        return RegionMask.from_members(pixels.to(device), tokens.to(device))
+
+    with masked(unet, layers(unet), wanted):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality
+
+
+def quality(
+    name: str, count: int, device: str, folder: Path
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Rows with shares, and pictures: without and with regions, in turn."""
+    pipe = embedded.load(name, device=device, folder=folder)
+    pipe.set_progress_bar_config(disable=True)
+    made: dict[str, list[Tensor]] = {"without": [], "with": []}
+    asked = list(_asked(count))
+    for number, (scene, relation) in enumerate(asked):
+        phrases = [f"{thing.color} {thing.shape}" for thing in scene.things]
+        first, second = (world.with_article(phrase) for phrase in phrases)
+        prompt = f"{first} {LINK[relation]} {second}"
+        regions = [
+            sdcore.Region(phrase, box=box)
+            for phrase, box in zip(phrases, HALVES[relation], strict=True)
+        ]
+        for way, pictures in made.items():
+            with contextlib.ExitStack() as stack:
+                if way == "with":
+                    stack.enter_context(sdcore.patch(pipe, sdcore.RegionAttention(*regions)))
+                pictures.append(evaluate.generate(pipe, [prompt], 1000 + number)[0])
+    rows = []
+    for way, pictures in made.items():
+        readings = reader.read(torch.stack(pictures))
+        good = sum(
+            _right(reading, scene, relation)
+            for reading, (scene, relation) in zip(readings, asked, strict=True)
+        )
+        low, high = wilson(good, count)
+        figures = {"share": good / count, "low": low, "high": high}
+        rows.append(
+            {"model": name, "regions": way, "prompts": count}
+            | {key: f"{value:.3f}" for key, value in figures.items()}
+        )
+    pairs = [one for both in zip(made["without"], made["with"], strict=True) for one in both]
+    return rows, torch.stack(pairs)
+
+
+def _asked(count: int) -> Iterator[tuple[world.Scene, str]]:
+    """Scenes of two things that differ in color and shape, and a relation for each."""
+    rng = random.Random(evaluate.SEED + 6)
+    for number in range(count):
+        relation = ("left of", "above")[number % 2]
+        while True:
+            scene = world.scene(rng, things=2, held_out=True)
+            first, second = scene.things
+            if first.color != second.color and first.shape != second.shape:
+                break
+        yield scene, relation
+
+
+def _right(reading: reader.Reading, scene: world.Scene, relation: str) -> bool:
+    """Whether each thing is there, in its half of the picture."""
+    return all(
+        any(
+            seen.color == thing.color
+            and seen.shape == thing.shape
+            and box[0] <= seen.x <= box[2]
+            and box[1] <= seen.y <= box[3]
+            for seen in reading.things
+        )
+        for thing, box in zip(scene.things, HALVES[relation], strict=True)
+    )
+
+
+def wilson(good: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of 95 % of a share (Wilson, 1927)."""
+    share, spread = good / count, z * z / count
+    center = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return (center - half) / (1 + spread), (center + half) / (1 + spread)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--quality", nargs="*", metavar="MODEL", help="default: v1 v2")
+    parser.add_argument("--count", type=int, default=200, help="prompts")
+    parser.add_argument("--folder", type=Path, default=embedded.FOLDER, help="where models are")
+    parser.add_argument("--sheets", type=Path, help="write a sheet of pictures of each model there")
+    given = parser.parse_args()
+    if given.quality is None:
+        measure.report(cost(given.device), given.csv)
+        return
+    lines: list[dict[str, Any]] = []
+    for name in given.quality or ("v1", "v2"):
+        rows, pictures = quality(name, given.count, given.device, given.folder)
+        lines += rows
+        if given.sheets:
+            given.sheets.mkdir(parents=True, exist_ok=True)
+            evaluate.save_sheet(pictures, given.sheets / f"regions-{name}.png")
+    measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])
+    if given.csv:
+        measure.write_csv(list(lines[0]), lines, given.csv)
+
+
+if __name__ == "__main__":
+    main()
