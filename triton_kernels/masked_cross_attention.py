@@ -229,9 +229,7 @@ def _softmax(
     for i in tl.static_range(len(SEGMENTS) // 2):
         low: tl.constexpr = SEGMENTS[2 * i]
         high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0, e1, total, _ = _powers(
-            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
-        )
+        e0, e1, total, _ = _powers(s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED)
         share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
         p0 += e0 * share
         if BLOCK_T1 > 0:
@@ -351,9 +349,7 @@ def _score_gradients(
     for i in tl.static_range(len(SEGMENTS) // 2):
         low: tl.constexpr = SEGMENTS[2 * i]
         high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0, e1, total, _ = _powers(
-            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
-        )
+        e0, e1, total, _ = _powers(s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED)
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
             mean += tl.sum(e1 * g1, 1)
