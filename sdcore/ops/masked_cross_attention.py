@@ -71,8 +71,11 @@ def masked_cross_attention(
         derivative raises.
 
     Cost: O(B H N T D). On a GPU up to 320 tokens: nothing of [..., N, T] is ever in memory, but an
-    added mask and its gradient; repeatable bit for bit on one machine. More tokens, float64 and
-    other devices take plain PyTorch, which holds [B, H, N, T].
+    added mask and its gradient; repeatable bit for bit on one machine. More tokens, float64, what a
+    chip's shared memory has no room for, by a generous estimate, and other devices take plain
+    PyTorch, which holds [B, H, N, T] or, on a CPU, [B, 1, N, T]. With 77 tokens of float16 or
+    bfloat16 there is room for heads of 64 in 99 KB, of 128 in 163 KB and of 256 in 227 KB; of
+    float32 for heads of 64 in 227 KB.
 
     Under autocast q, k, v and the gate's features are cast as PyTorch casts its own attention's.
 

@@ -38,10 +38,17 @@ CASES = [
 ]
 
 
-def supported(platform: Platform, dtype: torch.dtype) -> bool:
+def supported(platform: Platform, dtype: torch.dtype, tokens: int = 77, d: int = 16) -> bool:
     if platform.backend != "triton":
         return True
-    return dtype != torch.float64 and (platform.device == "cuda" or dtype != torch.bfloat16)
+    if platform.device != "cuda":
+        return dtype not in (torch.float64, torch.bfloat16)
+    from sdcore.triton_kernels import masked_cross_attention as kernels
+
+    # What a chip has no room for in shared memory; the tuned widths must be taken.
+    refused = kernels.refuses(torch.empty(1, 1, 1, d, dtype=dtype, device="cuda"), tokens, d)
+    assert refused is None or dtype in (torch.float32, torch.float64) or d > 64 or tokens > 96
+    return refused is None
 
 
 def some_mask(kind: str, batch: int, heads: int, n: int, tokens: int) -> Any:
@@ -165,7 +172,7 @@ def test_agrees_with_the_specification(
     platform: Platform, case: tuple[int, int, int, int, torch.dtype], kind: str
 ) -> None:
     heads, n, tokens, d, dtype = case
-    if not supported(platform, dtype):
+    if not supported(platform, dtype, tokens, d):
         pytest.skip("not supported there")
     if INTERPRETED and d in (32, 80, 128) and tokens == 77:
         pytest.skip("the interpreter is slow")
