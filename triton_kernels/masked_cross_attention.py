@@ -78,15 +78,13 @@ def _from_bits(
 ):
     """[rows, BLOCK_T]: whether the bit of each token from ``first`` on is set."""
     t = first + tl.arange(0, BLOCK_T)
-    count = (T + WORD - 1) // WORD
+    count: tl.constexpr = (T + WORD - 1) // WORD
     at = words + rows.to(tl.int64) * count
     spread = tl.zeros((rows.shape[0], BLOCK_T), tl.int32)
     for j in tl.static_range(first // WORD, (first + BLOCK_T + WORD - 1) // WORD):
-        if EVEN:
-            word = tl.load(at + j, mask=j < count, other=0)
-        else:
-            word = tl.load(at + j, mask=(rows < N) & (j < count), other=0)
-        spread = tl.where((t // WORD == j)[None, :], word[:, None], spread)
+        if j < count:
+            word = tl.load(at + j) if EVEN else tl.load(at + j, mask=rows < N, other=0)
+            spread = tl.where((t // WORD == j)[None, :], word[:, None], spread)
     return ((spread >> (t % WORD)[None, :]) & 1) != 0
 
 
@@ -145,11 +143,12 @@ def _first_of(z, best, first: tl.constexpr, BLOCK_T: tl.constexpr):
 @triton.jit
 def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr):
     t = first + tl.arange(0, BLOCK_T)
-    count = (T + WORD - 1) // WORD
+    count: tl.constexpr = (T + WORD - 1) // WORD
     bits = open.to(tl.int32) << (t % WORD)[None, :]
     for j in tl.static_range(first // WORD, (first + BLOCK_T + WORD - 1) // WORD):
-        word = tl.sum(tl.where((t // WORD == j)[None, :], bits, 0), 1)
-        tl.store(words + rows.to(tl.int64) * count + j, word, mask=(rows < N) & (j < count))
+        if j < count:
+            word = tl.sum(tl.where((t // WORD == j)[None, :], bits, 0), 1)
+            tl.store(words + rows.to(tl.int64) * count + j, word, mask=rows < N)
 
 
 @triton.jit
@@ -281,7 +280,7 @@ def _forward(
             open1 = _reopened(z1, open1, token, none, BLOCK_T0, BLOCK_T1)
         open0 = _reopened(z0, open0, token, none, 0, BLOCK_T0)
         if group == 0:
-            count = (T + WORD - 1) // WORD
+            count: tl.constexpr = (T + WORD - 1) // WORD
             _store_bits(gates + b * N * count, open0, rows, 0, BLOCK_T0, N, T)
             if BLOCK_T1 > 0:
                 _store_bits(gates + b * N * count, open1, rows, BLOCK_T0, BLOCK_T1, N, T)
