@@ -689,15 +689,19 @@ def _size(dtype: torch.dtype, tokens: int, width: int) -> int:
 
 def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     """For so many tokens, and heads of this width."""
-    size = _size(dtype, tokens, width)
-    n = next((rows for most, rows in FORWARD_ROWS if size <= most), FEWEST_ROWS)
+    n = _rows_beside(_size(dtype, tokens, width), width, FORWARD_ROWS)
     return Tile(n, *token_tiles(tokens), WARPS)
+
+
+def _rows_beside(size: int, width: int, table: tuple[tuple[int, int], ...]) -> int:
+    n = next((rows for most, rows in table if size <= most), FEWEST_ROWS)
+    return n
 
 
 def backward_tile(dtype: torch.dtype, tokens: int, width: int, added: bool = False) -> Tile:
     """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
     size = _size(dtype, tokens, width) * (2 if added else 1)
-    n = next((rows for most, rows in BACKWARD_ROWS if size <= most), FEWEST_ROWS)
+    n = _rows_beside(size, width, BACKWARD_ROWS)
     # Of AMD's wider warps, four hold what eight do here, and eight spill.
     return Tile(n, *token_tiles(tokens), WARPS // 2 if amd() else WARPS)
 
@@ -924,7 +928,9 @@ def backward(
             T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
             SEGMENTS=tuple(segments), NEED_Q=need_q, NEED_K=need_k, NEED_V=need_v,
             num_warps=tile.warps,
-            **_common((q, k, v, grad), tile, bits, pixels, bias, weights),
+            **_common(
+                (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
+            ),
         )  # fmt: skip
         for needed, parts, total in ((need_k, parts_k, dk), (need_v, parts_v, dv)):
             if needed:
@@ -980,13 +986,14 @@ def scores_backward(
     groups = heads if need_bias and bias is not None and bias.shape[1] > 1 else 1
     features = phi.shape[-1] if need_gate and phi is not None else 1
     pieces = len(segments) // 2
-    every = triton.cdiv(n, tile.n)
-    chunks = _chunks(q, batch * groups, every)
+    every = max(1, triton.cdiv(n, tile.n))
+    chunks = _chunks(q, max(1, batch * groups), every)
     tiles = triton.cdiv(every, chunks)
     chunks = triton.cdiv(every, tiles)
 
-    def empty(needed: bool, *shape: int, like: Tensor = q, dtype: Any = torch.float32) -> Tensor:
-        return like.new_empty(shape if needed else 0, dtype=dtype)
+    def empty(needed: bool, *shape: int, dtype: Any = torch.float32) -> Tensor:
+        made = q.new_empty(shape if needed else 0, dtype=dtype)
+        return made if grad.numel() else made.zero_()
 
     dphi = empty(need_gate, batch, n, features, dtype=None if phi is None else phi.dtype)
     dpsi = empty(need_gate, chunks, batch, count, features)

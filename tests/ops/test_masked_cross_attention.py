@@ -393,6 +393,25 @@ def test_strided_and_empty_inputs(platform: Platform) -> None:
         masked_cross_attention(empty, k, v).sum().backward()
         assert masked_cross_attention(empty, k, v).shape == (2, 2, 0, 16)
         assert masked_cross_attention(q[:0], k[:0], v[:0]).shape == (0, 2, 20, 16)
+        # No pixels: the words' features have a gradient, and it is zero.
+        psi = torch.ones(2, 10, 4, device=platform.device, requires_grad=True)
+        gate = GateMask(torch.ones(2, 0, 4, device=platform.device), psi)
+        masked_cross_attention(empty, k, v, gate).sum().backward()
+        assert psi.grad is not None and not psi.grad.any()
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_heads_of_any_width_in_rows_of_another(platform: Platform) -> None:
+    """Of which q's begin at multiples of 16 bytes, and its gradient's do not."""
+    points = some_points(1, 2, 20, 10, 24, 24)
+    padded = [one.to(platform.device).float()[..., :20] for one in points]
+    inputs = [one.detach().requires_grad_() for one in padded]
+    plain = [one.detach().clone().requires_grad_() for one in padded]
+    with platform.forced():
+        masked_cross_attention(*inputs).square().sum().backward()
+    reference(*plain).square().sum().backward()
+    for one, other in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("platform", PLAIN)
