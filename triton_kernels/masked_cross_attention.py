@@ -668,7 +668,8 @@ class Tile:
 # Numbers of a tile of keys, up to which so many rows fit beside it in the registers of eight warps:
 # of bfloat16 with 77 tokens, heads of 64, of 128, of 256. More spill, by the compiler's report.
 FORWARD_ROWS = ((5120, 128), (10240, 64), (16384, 32))
-BACKWARD_ROWS = ((5120, 64), (10240, 32))
+BACKWARD_SIZE, BACKWARD_ROWS = 5120, 64
+AMD_SIZE = 10240  # beyond it AMD's chips spill
 FEWEST_ROWS = 16
 WARPS = 8
 
@@ -689,19 +690,18 @@ def _size(dtype: torch.dtype, tokens: int, width: int) -> int:
 
 def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     """For so many tokens, and heads of this width."""
-    n = _rows_beside(_size(dtype, tokens, width), width, FORWARD_ROWS)
+    size = _size(dtype, tokens, width)
+    n = next((rows for most, rows in FORWARD_ROWS if size <= most), FEWEST_ROWS)
+    # Heads that don't fill their tile, such as those of 40 and 80, take registers for its bounds.
+    if width < _block(width):
+        n = max(FEWEST_ROWS, n // 2)
     return Tile(n, *token_tiles(tokens), WARPS)
-
-
-def _rows_beside(size: int, width: int, table: tuple[tuple[int, int], ...]) -> int:
-    n = next((rows for most, rows in table if size <= most), FEWEST_ROWS)
-    return n
 
 
 def backward_tile(dtype: torch.dtype, tokens: int, width: int, added: bool = False) -> Tile:
     """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
     size = _size(dtype, tokens, width) * (2 if added else 1)
-    n = _rows_beside(size, width, BACKWARD_ROWS)
+    n = BACKWARD_ROWS if size <= BACKWARD_SIZE else FEWEST_ROWS
     # Of AMD's wider warps, four hold what eight do here, and eight spill.
     return Tile(n, *token_tiles(tokens), WARPS // 2 if amd() else WARPS)
 
@@ -718,7 +718,7 @@ def refuses(q: Tensor, tokens: int, width: int) -> str | None:
         return f"it takes up to {MOST_TOKENS} tokens, and these are {tokens}"
     wider = max(q.shape[-1], width)
     if amd():
-        if tokens > 96 or _size(q.dtype, tokens, wider) > BACKWARD_ROWS[-1][0]:  # they would spill
+        if tokens > 96 or _size(q.dtype, tokens, wider) > AMD_SIZE:
             return f"on AMD's chips it takes no {tokens} tokens of {wider} numbers"
         return None
     needed, there = shared_memory(q.dtype, tokens, wider), _shared_memory(q)
