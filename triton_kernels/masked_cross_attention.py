@@ -669,6 +669,7 @@ class Tile:
 # of bfloat16 with 77 tokens, heads of 64, of 128, of 256. More spill, by the compiler's report.
 FORWARD_ROWS = ((5120, 128), (10240, 64), (16384, 32))
 BACKWARD_SIZE, BACKWARD_ROWS = 5120, 64
+BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
 FEWEST_ROWS = 16
 WARPS = 8
@@ -917,21 +918,25 @@ def backward(
     parts_v = q.new_empty(
         (chunks, batch, count, heads, width) if need_v else 0, dtype=torch.float32
     )
+    wants = [(need_q, need_k, need_v)]
+    if need_k and need_v and _size(q.dtype, count, max(d, width)) > BOTH_SIZE:
+        wants = [(need_q, True, False), (False, False, True)]
     with _on(q):
-        _backward[(chunks, heads, batch)](
-            grad, q, k, v, dq, parts_k, parts_v, _or(bits, q), _or(pixels, q), _or(tokens, q),
-            _or(added, q), _or(weights, q),
-            *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *(dq.stride()[:3] if need_q else (0, 0, 0)),
-            _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
-            *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
-            T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-            SEGMENTS=tuple(segments), NEED_Q=need_q, NEED_K=need_k, NEED_V=need_v,
-            num_warps=tile.warps,
-            **_common(
-                (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
-            ),
-        )  # fmt: skip
+        for want_q, want_k, want_v in wants:
+            _backward[(chunks, heads, batch)](
+                grad, q, k, v, dq, parts_k, parts_v, _or(bits, q), _or(pixels, q), _or(tokens, q),
+                _or(added, q), _or(weights, q),
+                *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *(dq.stride()[:3] if need_q else (0, 0, 0)),
+                _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+                *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
+                T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+                SEGMENTS=tuple(segments), NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
+                num_warps=tile.warps,
+                **_common(
+                    (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
+                ),
+            )  # fmt: skip
         for needed, parts, total in ((need_k, parts_k, dk), (need_v, parts_v, dv)):
             if needed:
                 _added(parts, total, groups, share)
