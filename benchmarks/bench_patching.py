@@ -149,7 +149,8 @@ def rows_of(pipe: Any, options: dict[str, Any], how: str, device: str) -> list[m
     assert same, f"{how}: the results differ"
     added = statistics.median(with_it) - statistics.median(without)
     share = 100 * added / statistics.median(without)
-    what = f"SDXL, {options['height']}², 2 rows" if device == "cuda" else "embedded xl, 2 rows"
+    side = options["latents"].shape[-1]
+    what = f"SDXL, latents of {side}², 2 rows" if device == "cuda" else "embedded xl, 2 rows"
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     return [
         measure.Row(

@@ -51,13 +51,14 @@ def cost(device: str) -> list[Row]:
     pipe, options = bench_patching.pipeline(device)
     unet = pipe.unet.requires_grad_(False)
     inputs = [_inputs(options) for _ in range(SETS)]
+    step = torch.tensor(500, device=device)
 
     def call(sample: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         times = torch.zeros(len(sample), 6, device=device, dtype=sample.dtype)
         with torch.no_grad():
             return unet(
                 sample,
-                500,
+                step,
                 text,
                 added_cond_kwargs={"text_embeds": pooled, "time_ids": times},
                 return_dict=False,
@@ -82,8 +83,11 @@ def cost(device: str) -> list[Row]:
         if name == "regions" and off < 1e-4:
             raise SystemExit("regions change nothing")
         taken.append((name, off, milliseconds, spread, how))
-    side = unet.config.sample_size * pipe.vae_scale_factor
-    what = f"SDXL's UNet, {side}², 2 rows" if device == "cuda" else "the embedded xl's, 2 rows"
+    what = (
+        f"SDXL's UNet, latents of {unet.config.sample_size}², 2 rows"
+        if device == "cuda"
+        else "the embedded xl's, 2 rows"
+    )
     return [
         Row(
             "region_attention",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,18 +89,20 @@ def _from_bits(
 
 
 @triton.jit
-def _from_regions(
-    pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr
+def _regions_of(
+    tokens, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr, REGIONS: tl.constexpr
 ):
+    """The sets of regions of the tokens from ``first`` on; zeros where masks are others."""
     t = first + tl.arange(0, BLOCK_T)
-    pixel = tl.load(pixels + rows, mask=rows < N, other=0)
-    token = tl.load(tokens + t, mask=t < T, other=0)
-    return (pixel[:, None] & token[None, :]) != 0
+    if REGIONS:
+        return tl.load(tokens + t, mask=t < T, other=0)
+    else:
+        return tl.zeros((BLOCK_T,), tl.int32)
 
 
 @triton.jit
 def _open(
-    words, pixels, tokens, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
+    words, pixels, regions, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
     BITS: tl.constexpr, REGIONS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """[rows, BLOCK_T]: the tokens from ``first`` on that each row may attend to."""
@@ -108,7 +110,8 @@ def _open(
     if BITS:
         return _from_bits(words, rows, first, BLOCK_T, N, T, EVEN) & (t < T)[None, :]
     elif REGIONS:
-        return _from_regions(pixels, tokens, rows, first, BLOCK_T, N, T) & (t < T)[None, :]
+        pixel = tl.load(pixels + rows) if EVEN else tl.load(pixels + rows, mask=rows < N, other=0)
+        return (pixel[:, None] & regions[None, :]) != 0
     else:
         return tl.broadcast_to((t < T)[None, :], (rows.shape[0], BLOCK_T))
 
@@ -226,9 +229,18 @@ def _softmax(
     p0 = tl.zeros(s0.shape, tl.float32)
     p1 = tl.zeros(s1.shape, tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
-        low: tl.constexpr = SEGMENTS[2 * i]
-        high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0, e1, total, _ = _powers(s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED)
+        e0, e1, total, _ = _powers(
+            s0,
+            s1,
+            open0,
+            open1,
+            T,
+            BLOCK_T0,
+            BLOCK_T1,
+            SEGMENTS[2 * i],
+            SEGMENTS[2 * i + 1],
+            MASKED,
+        )
         share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
         p0 += e0 * share
         if BLOCK_T1 > 0:
@@ -237,130 +249,146 @@ def _softmax(
 
 
 @triton.jit
+def _gate(
+    gates, phi, psi, gate_bias, fb, sb, N, T: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BIASED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the bits [B, N, T / 32] of BLOCK_N rows' gates, for all heads."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(1).to(tl.int64)
+    phi += b * fb
+    psi += b * sb
+    features = _rows(phi, rows, R, N, R, BLOCK_R, EVEN)
+    z0 = _gate_logits(features, psi, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, BIASED, PRECISION)
+    best = tl.max(z0, 1)
+    if BLOCK_T1 > 0:
+        z1 = _gate_logits(
+            features, psi, gate_bias, BLOCK_T0, BLOCK_T1, T, R, BLOCK_R, BIASED, PRECISION
+        )
+        best = tl.maximum(best, tl.max(z1, 1))
+    none = best <= 0
+    token = _first_of(z0, best, 0, BLOCK_T0)
+    if BLOCK_T1 > 0:
+        token = tl.minimum(token, _first_of(z1, best, BLOCK_T0, BLOCK_T1))
+    count: tl.constexpr = (T + WORD - 1) // WORD
+    gates += b * N * count
+    open = _reopened(z0, z0 > 0, token, none, 0, BLOCK_T0)
+    _store_bits(gates, open, rows, 0, BLOCK_T0, N, T)
+    if BLOCK_T1 > 0:
+        open = _reopened(z1, z1 > 0, token, none, BLOCK_T0, BLOCK_T1)
+        _store_bits(gates, open, rows, BLOCK_T0, BLOCK_T1, N, T)
+
+
+@triton.jit
 def _forward(
-    q, k, v, out, words, pixels, tokens, gates, phi, psi, gate_bias, bias, weights,
+    q, k, v, out, words, pixels, tokens, bias, weights,
     qb, qh, qn, kb, kh, kt, vb, vh, vt, ob, oh, on,
-    mb, tb, fb, sb, bb, bh, bn, bt, wb, N, share, scale: tl.float32,
-    T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, HEADS: tl.constexpr,
-    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, GATE: tl.constexpr,
-    GATE_BIASED: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
+    mb, tb, bb, bh, bn, bt, wb, N, share, tiles, scale: tl.float32,
+    T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
+    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows of HEADS heads, for which the mask is read once."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    group = tl.program_id(1)
+    """One program: some tiles of rows of one head, whose keys and values stay where they are."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     words += b * mb
     pixels += b * mb
     tokens += b * tb
-    bias += b * bb
+    bias += b * bb + h * bh
     weights += b * wb
-    if GATE:
-        features = _rows(phi + b * fb, rows, R, N, R, BLOCK_R, EVEN)
-        z0 = _gate_logits(
-            features, psi + b * sb, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, GATE_BIASED, PRECISION
-        )
-        open0 = z0 > 0
-        best = tl.max(z0, 1)
-        if BLOCK_T1 > 0:
-            z1 = _gate_logits(
-                features, psi + b * sb, gate_bias, BLOCK_T0, BLOCK_T1, T, R, BLOCK_R, GATE_BIASED,
-                PRECISION,
-            )  # fmt: skip
-            open1 = z1 > 0
-            best = tl.maximum(best, tl.max(z1, 1))
-        else:
-            open1 = open0
-        none = best <= 0
-        token = _first_of(z0, best, 0, BLOCK_T0)
-        if BLOCK_T1 > 0:
-            token = tl.minimum(token, _first_of(z1, best, BLOCK_T0, BLOCK_T1))
-            open1 = _reopened(z1, open1, token, none, BLOCK_T0, BLOCK_T1)
-        open0 = _reopened(z0, open0, token, none, 0, BLOCK_T0)
-        if group == 0:
-            count: tl.constexpr = (T + WORD - 1) // WORD
-            _store_bits(gates + b * N * count, open0, rows, 0, BLOCK_T0, N, T)
-            if BLOCK_T1 > 0:
-                _store_bits(gates + b * N * count, open1, rows, BLOCK_T0, BLOCK_T1, N, T)
-    else:
-        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
-        if BLOCK_T1 > 0:
-            open1 = _open(
-                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
-            )
-        else:
-            open1 = open0
+    query_at = _at(q, b, qb, h, qh, ALIGNED)
+    out_at = _at(out, b, ob, h, oh, ALIGNED)
+    keys = _at(k, b // share, kb, h, kh, ALIGNED)
+    values = _at(v, b // share, vb, h, vh, ALIGNED)
+    first = chunk * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(N, BLOCK_N))
+    rows = first * BLOCK_N + tl.arange(0, BLOCK_N)
+    following = _rows(query_at, rows, qn, N, D, BLOCK_D, EVEN)
     t0 = tl.arange(0, BLOCK_T0)
+    key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
+    value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
     if BLOCK_T1 > 0:
         t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
-    for i in range(HEADS):
-        h = (group * HEADS + i).to(tl.int64)
-        query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
-        keys = _at(k, b // share, kb, h, kh, ALIGNED)
-        values = _at(v, b // share, vb, h, vh, ALIGNED)
-        s0 = _scores(
-            query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0, BLOCK_T0,
-            N, T, scale, bn, bt, BIAS, PRECISION,
-        )  # fmt: skip
-        if BLOCK_T1 > 0:
-            s1 = _scores(
-                query, _rows(keys, t1, kt, T, D, BLOCK_D, False), bias + h * bh, rows, BLOCK_T0,
-                BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION,
-            )  # fmt: skip
-        else:
-            s1 = s0
-        p0, p1 = _softmax(
-            s0,
-            s1,
-            open0,
-            open1,
-            weights,
-            rows,
-            N,
-            T,
-            BLOCK_T0,
-            BLOCK_T1,
-            SEGMENTS,
-            BITS or REGIONS or GATE,
-            WEIGHTS,
+        key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
+        value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
+    for _tile in range(first, last):
+        query = following
+        # The next tile's are read while this one is computed, and the first beside the keys.
+        following = _rows(
+            query_at, rows + BLOCK_N, qn, tl.minimum(N, last * BLOCK_N), D, BLOCK_D, False
         )
-        value = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
-        found = tl.dot(p0.to(value.dtype), value, input_precision=PRECISION)
+        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
         if BLOCK_T1 > 0:
-            value = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
-            found = tl.dot(p1.to(value.dtype), value, found, input_precision=PRECISION)
-        _store(_at(out, b, ob, h, oh, ALIGNED), found, rows, on, N, DV, EVEN)
+            open1 = _open(
+                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+            )
+            s1 = _scores(
+                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION
+            )
+        else:
+            open1, s1 = open0, s0
+        if len(SEGMENTS) == 2:
+            # What one softmax is divided by, its output may be as well, later.
+            p0, p1, total, _ = _powers(
+                s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, SEGMENTS[0], SEGMENTS[1],
+                BITS or REGIONS,
+            )  # fmt: skip
+            factor = _normalizer(total) * _weight(weights, rows, 0, N, WEIGHTS)
+        else:
+            p0, p1 = _softmax(
+                s0, s1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
+                BITS or REGIONS, WEIGHTS,
+            )  # fmt: skip
+            factor = tl.full((BLOCK_N,), 1.0, tl.float32)
+        found = tl.dot(p0.to(value0.dtype), value0, input_precision=PRECISION)
+        if BLOCK_T1 > 0:
+            found = tl.dot(p1.to(value1.dtype), value1, found, input_precision=PRECISION)
+        _store(out_at, found * factor[:, None], rows, on, N, DV, EVEN)
+        rows += BLOCK_N
 
 
 @triton.jit
 def _score_gradients(
-    s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
-    BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, WEIGHTS: tl.constexpr,
+    p0, p1, s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Weighted probabilities of both tiles; and the loss's gradients to the scores, by those to the
-    probabilities' weighted sum, ``g``."""
-    p0 = tl.zeros(s0.shape, tl.float32)
-    p1 = tl.zeros(s1.shape, tl.float32)
-    d0 = tl.zeros(s0.shape, tl.float32)
-    d1 = tl.zeros(s1.shape, tl.float32)
-    for i in tl.static_range(len(SEGMENTS) // 2):
-        low: tl.constexpr = SEGMENTS[2 * i]
-        high: tl.constexpr = SEGMENTS[2 * i + 1]
-        e0, e1, total, _ = _powers(s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED)
-        mean = tl.sum(e0 * g0, 1)
+    """The loss's gradients to the scores of both tiles, by those to the probabilities' weighted
+    sum, ``g``; ``p`` is that sum."""
+    if len(SEGMENTS) == 2 and not WEIGHTS:
+        mean = tl.sum(p0 * g0, 1)
         if BLOCK_T1 > 0:
-            mean += tl.sum(e1 * g1, 1)
-        inverse = _normalizer(total)
-        mean = mean * inverse
-        share = (inverse * _weight(weights, rows, i, N, WEIGHTS))[:, None]
-        p0 += e0 * share
-        d0 += e0 * share * (g0 - mean[:, None])
+            mean += tl.sum(p1 * g1, 1)
+        d0 = p0 * (g0 - mean[:, None])
+        d1 = d0
         if BLOCK_T1 > 0:
-            p1 += e1 * share
-            d1 += e1 * share * (g1 - mean[:, None])
-    return p0, p1, d0, d1
+            d1 = p1 * (g1 - mean[:, None])
+    else:
+        d0 = tl.zeros(s0.shape, tl.float32)
+        d1 = tl.zeros(s1.shape, tl.float32)
+        for i in tl.static_range(len(SEGMENTS) // 2):
+            e0, e1, total, _ = _powers(
+                s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1],
+                MASKED,
+            )  # fmt: skip
+            mean = tl.sum(e0 * g0, 1)
+            if BLOCK_T1 > 0:
+                mean += tl.sum(e1 * g1, 1)
+            inverse = _normalizer(total)
+            mean = mean * inverse
+            share = (inverse * _weight(weights, rows, i, N, WEIGHTS))[:, None]
+            d0 += e0 * share * (g0 - mean[:, None])
+            if BLOCK_T1 > 0:
+                d1 += e1 * share * (g1 - mean[:, None])
+    return d0, d1
 
 
 @triton.jit
@@ -388,90 +416,100 @@ def _backward(
     t0 = tl.arange(0, BLOCK_T0)
     keys = _at(k, b // share, kb, h, kh, ALIGNED)
     values = _at(v, b // share, vb, h, vh, ALIGNED)
+    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
     key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
     value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
-    dk0 = tl.zeros((BLOCK_T0, BLOCK_D), tl.float32)
-    dv0 = tl.zeros((BLOCK_T0, BLOCK_DV), tl.float32)
+    dk0 = tl.zeros((BLOCK_D, BLOCK_T0), tl.float32)
+    dv0 = tl.zeros((BLOCK_DV, BLOCK_T0), tl.float32)
     if BLOCK_T1 > 0:
         t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
         key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
         value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
-        dk1 = tl.zeros((BLOCK_T1, BLOCK_D), tl.float32)
-        dv1 = tl.zeros((BLOCK_T1, BLOCK_DV), tl.float32)
+        dk1 = tl.zeros((BLOCK_D, BLOCK_T1), tl.float32)
+        dv1 = tl.zeros((BLOCK_DV, BLOCK_T1), tl.float32)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
         back = _rows(_at(grad, b, gb, h, gh, ALIGNED), rows, gn, N, DV, BLOCK_DV, EVEN)
-        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
         s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
-        g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
         if BLOCK_T1 > 0:
             open1 = _open(
-                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
             )
             s1 = _scores(
                 query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION
             )
-            g1 = tl.dot(back, tl.trans(value1), input_precision=PRECISION)
         else:
-            open1, s1, g1 = open0, s0, g0
-        p0, p1, d0, d1 = _score_gradients(
-            s0,
-            s1,
-            g0,
-            g1,
-            open0,
-            open1,
-            weights,
-            rows,
-            N,
-            T,
-            BLOCK_T0,
-            BLOCK_T1,
-            SEGMENTS,
-            BITS or REGIONS,
-            WEIGHTS,
-        )
-        d0 = d0.to(query.dtype)
-        if BLOCK_T1 > 0:
-            d1 = d1.to(query.dtype)
+            open1, s1 = open0, s0
+        p0, p1 = _softmax(
+            s0, s1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
+            BITS or REGIONS, WEIGHTS,
+        )  # fmt: skip
+        # Sums are held transposed: with the head's width as rows, tensor cores take 16 tokens too.
+        if NEED_V:
+            # Both before the products: where one follows the other, ptxas 12.8 (Triton 3.6) made
+            # code that sums wrong tokens, or writes elsewhere. That of CUDA 13.0 does not.
+            parts0 = p0.to(back.dtype)
+            parts1 = p1.to(back.dtype)
+            dv0 = tl.dot(tl.trans(back), parts0, dv0, input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                dv1 = tl.dot(tl.trans(back), parts1, dv1, input_precision=PRECISION)
+        if NEED_Q or NEED_K:
+            g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
+            g1 = tl.dot(back, tl.trans(value1), input_precision=PRECISION) if BLOCK_T1 > 0 else g0
+            d0, d1 = _score_gradients(
+                p0, p1, s0, s1, g0, g1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1,
+                SEGMENTS, BITS or REGIONS, WEIGHTS,
+            )  # fmt: skip
+            d0 = d0.to(query.dtype)
+            if BLOCK_T1 > 0:
+                d1 = d1.to(query.dtype)
+        if NEED_K:
+            dk0 = tl.dot(tl.trans(query), d0, dk0, input_precision=PRECISION)
+            if BLOCK_T1 > 0:
+                dk1 = tl.dot(tl.trans(query), d1, dk1, input_precision=PRECISION)
         if NEED_Q:
             found = tl.dot(d0, key0, input_precision=PRECISION)
             if BLOCK_T1 > 0:
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
             _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, rows, dn, N, D, EVEN)
-        if NEED_K:
-            dk0 = tl.dot(tl.trans(d0), query, dk0, input_precision=PRECISION)
-            if BLOCK_T1 > 0:
-                dk1 = tl.dot(tl.trans(d1), query, dk1, input_precision=PRECISION)
-        if NEED_V:
-            dv0 = tl.dot(tl.trans(p0.to(back.dtype)), back, dv0, input_precision=PRECISION)
-            if BLOCK_T1 > 0:
-                dv1 = tl.dot(tl.trans(p1.to(back.dtype)), back, dv1, input_precision=PRECISION)
     at = (chunk.to(tl.int64) * B + b) * T * H + h
     if NEED_K:
-        _store(dk + at * D, dk0 * scale, t0, H * D, T, D, False)
+        _store(dk + at * D, tl.trans(dk0) * scale, t0, H * D, T, D, False)
         if BLOCK_T1 > 0:
-            _store(dk + at * D, dk1 * scale, t1, H * D, T, D, False)
+            _store(dk + at * D, tl.trans(dk1) * scale, t1, H * D, T, D, False)
     if NEED_V:
-        _store(dv + at * DV, dv0, t0, H * DV, T, DV, False)
+        _store(dv + at * DV, tl.trans(dv0), t0, H * DV, T, DV, False)
         if BLOCK_T1 > 0:
-            _store(dv + at * DV, dv1, t1, H * DV, T, DV, False)
+            _store(dv + at * DV, tl.trans(dv1), t1, H * DV, T, DV, False)
 
 
 @triton.jit
-def _sum(parts, out, size, each, chunks, share, BLOCK: tl.constexpr):
-    """``out`` [groups, each]: of ``parts`` [chunks, groups, share, each] the sums."""
+def _sum(
+    parts_k, parts_v, dk, dv, size_k, size_v, groups, chunks, share,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [groups, ...], of ``size`` numbers: of [chunks, groups, share, ...] the sums."""
+    if tl.program_id(1) == 0:
+        _sum_of(parts_k, dk, size_k, groups, chunks, share, BLOCK, BLOCK_C)
+    else:
+        _sum_of(parts_v, dv, size_v, groups, chunks, share, BLOCK, BLOCK_C)
+
+
+@triton.jit
+def _sum_of(parts, out, size, groups, chunks, share, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    group = at // each
-    start = group * share * each + at % each
+    each = size // groups
+    start = (at // each) * share * each + at % each
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(chunks):
-        for j in range(share):
-            part = start + j * each + i * size * share
-            total += tl.load(parts + part, mask=inside, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    for first in range(0, chunks * share, BLOCK_C):
+        part = first + tl.arange(0, BLOCK_C)
+        place = (part % share) * each + (part // share).to(tl.int64) * size * share
+        inside = (part < chunks * share)[:, None] & (at < size)[None, :]
+        total += tl.sum(tl.load(parts + place[:, None] + start[None, :], inside, 0.0), 0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
@@ -486,10 +524,17 @@ def _per_token(
     d1 = tl.zeros(s1.shape, tl.float32)
     dw = tl.zeros((rows.shape[0], BLOCK_S), tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
-        low: tl.constexpr = SEGMENTS[2 * i]
-        high: tl.constexpr = SEGMENTS[2 * i + 1]
         e0, e1, total, largest = _powers(
-            s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, low, high, MASKED
+            s0,
+            s1,
+            open0,
+            open1,
+            T,
+            BLOCK_T0,
+            BLOCK_T1,
+            SEGMENTS[2 * i],
+            SEGMENTS[2 * i + 1],
+            MASKED,
         )
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
@@ -503,12 +548,25 @@ def _per_token(
             share = tl.where(total == 0.0, 0.0, _weight(weights, rows, i, N, WEIGHTS))
             inside0 = tl.broadcast_to((tl.arange(0, BLOCK_T0) < T)[None, :], s0.shape)
             e0 = tl.minimum(s0 - lse[:, None], CLAMP * LOG2E)
-            e0 = tl.exp2(_within(e0, inside0, 0, BLOCK_T0, T, low, high, False))
+            e0 = tl.exp2(
+                _within(e0, inside0, 0, BLOCK_T0, T, SEGMENTS[2 * i], SEGMENTS[2 * i + 1], False)
+            )
             if BLOCK_T1 > 0:
                 t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
                 inside1 = tl.broadcast_to((t1 < T)[None, :], s1.shape)
                 e1 = tl.minimum(s1 - lse[:, None], CLAMP * LOG2E)
-                e1 = tl.exp2(_within(e1, inside1, BLOCK_T0, BLOCK_T1, T, low, high, False))
+                e1 = tl.exp2(
+                    _within(
+                        e1,
+                        inside1,
+                        BLOCK_T0,
+                        BLOCK_T1,
+                        T,
+                        SEGMENTS[2 * i],
+                        SEGMENTS[2 * i + 1],
+                        False,
+                    )
+                )
         d0 += e0 * share[:, None] * (g0 - mean[:, None])
         if BLOCK_T1 > 0:
             d1 += e1 * share[:, None] * (g1 - mean[:, None])
@@ -556,8 +614,10 @@ def _scores_backward(
     bias += b * bb
     weights += b * wb
     t0 = tl.arange(0, BLOCK_T0)
+    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
     if BLOCK_T1 > 0:
         t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
+        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
     if GATE:
         dpsi0 = tl.zeros((BLOCK_T0, BLOCK_R), tl.float32)
         if BLOCK_T1 > 0:
@@ -565,12 +625,12 @@ def _scores_backward(
         dshift = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        open0 = _open(words, pixels, tokens, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
         d0 = tl.zeros((BLOCK_N, BLOCK_T0), tl.float32)
         dw = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         if BLOCK_T1 > 0:
             open1 = _open(
-                words, pixels, tokens, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
+                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
             )
             d1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
         else:
@@ -657,21 +717,26 @@ def _scores_backward(
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds: rows, and tokens in a first and a second tile."""
+    """What one program holds at a time: rows, and tokens in a first and a second tile."""
 
     n: int
     t0: int
     t1: int
     warps: int
+    stages: int  # tiles of rows that are on their way to it
+    programs: int  # that a multiprocessor holds
 
 
-# Numbers of a tile of keys, up to which so many rows fit beside it in the registers of eight warps:
-# of bfloat16 with 77 tokens, heads of 64, of 128, of 256. More spill, by the compiler's report.
-FORWARD_ROWS = ((5120, 128), (10240, 64), (16384, 32))
-BACKWARD_SIZE, BACKWARD_ROWS = 5120, 64
+# Numbers of a tile of keys, up to which a tile of rows fits beside it in registers, and that tile:
+# rows, warps, stages, programs of a multiprocessor. By the compiler's report; more would spill.
+FORWARD = ((5120, (64, 4, 2, 4)), (10240, (64, 4, 2, 2)), (20480, (32, 4, 1, 2)))
+BACKWARD = ((5120, (64, 4, 2, 2)),)
+LEAST = (16, 8, 1, 1)  # beyond
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
-FEWEST_ROWS = 16
+LOAD, SUMS = 1, 2  # what keys and values, and sums for dK and dV, take, in tiles of rows
+GATE_ROWS = 64
+SCORES_ROWS, SCORES_WARPS = 32, 8
 WARPS = 8
 
 
@@ -691,20 +756,20 @@ def _size(dtype: torch.dtype, tokens: int, width: int) -> int:
 
 def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     """For so many tokens, and heads of this width."""
-    size = _size(dtype, tokens, width)
-    n = next((rows for most, rows in FORWARD_ROWS if size <= most), FEWEST_ROWS)
-    # Heads that don't fill their tile, such as those of 40 and 80, take registers for its bounds.
-    if width < _block(width):
-        n = max(FEWEST_ROWS, n // 2)
-    return Tile(n, *token_tiles(tokens), WARPS)
+    return _tile(FORWARD, dtype, tokens, width)
 
 
 def backward_tile(dtype: torch.dtype, tokens: int, width: int, added: bool = False) -> Tile:
     """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
-    size = _size(dtype, tokens, width) * (2 if added else 1)
-    n = BACKWARD_ROWS if size <= BACKWARD_SIZE else FEWEST_ROWS
-    # Of AMD's wider warps, four hold what eight do here, and eight spill.
-    return Tile(n, *token_tiles(tokens), WARPS // 2 if amd() else WARPS)
+    return _tile(BACKWARD, dtype, tokens, width * (2 if added else 1))
+
+
+def _tile(
+    fits: Sequence[tuple[int, tuple[int, ...]]], dtype: torch.dtype, tokens: int, width: int
+) -> Tile:
+    size = _size(dtype, tokens, width)
+    n, warps, stages, programs = next((found for most, found in fits if size <= most), LEAST)
+    return Tile(n, *token_tiles(tokens), warps, stages, programs)
 
 
 def amd() -> bool:
@@ -740,21 +805,6 @@ def _shared_memory(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 1 << 30  # in the interpreter
     return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
-
-
-def heads_of(q: Tensor, tile: Tile, masked: bool, gated: bool) -> int:
-    """Heads of a program, which share what they read of the mask: two or more if there is one,
-    while programs are enough for all multiprocessors."""
-    batch, heads, n, _ = q.shape
-    programs = batch * triton.cdiv(n, tile.n)
-    wanted = 2 * _multiprocessors(q)
-    divisors = [each for each in range(1, heads + 1) if heads % each == 0]
-    if not masked:
-        return 1
-    least = next((each for each in divisors if each > 1), 1)
-    if not gated:
-        return least
-    return max([each for each in divisors if programs * (heads // each) >= wanted] or [least])
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -813,24 +863,43 @@ def forward(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
     tile = forward_tile(q.dtype, count, max(d, width))
-    masked = bits is not None or pixels is not None
-    each = heads_of(q, tile, masked or phi is not None, phi is not None)
-    features = 1 if phi is None else phi.shape[-1]
     added = None if bias is None else bias.expand(batch, heads, n, count)
+    chunks, tiles = _chunks(q, batch * heads, triton.cdiv(n, tile.n), tile.programs, LOAD)
     with _on(q):
-        _forward[(triton.cdiv(n, tile.n), heads // each, batch)](
-            q, k, v, out, _or(bits, q), _or(pixels, q), _or(tokens, q), gates, _or(phi, q),
-            _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
+        if phi is not None:
+            _gates(gates, phi, psi, gate_bias, q.dtype, count)
+            bits = gates
+        _forward[(chunks, heads, batch)](
+            q, k, v, out, _or(bits, q), _or(pixels, q), _or(tokens, q), _or(added, q),
+            _or(weights, q),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
-            _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
-            n, batch // len(k), scale,
-            T=count, D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-            BLOCK_R=_block(features), HEADS=each, SEGMENTS=tuple(segments), GATE=phi is not None,
-            GATE_BIASED=gate_bias is not None, num_warps=tile.warps,
+            *_strides(added), _batch_stride(weights), n, batch // len(k), tiles, scale,
+            T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
+            SEGMENTS=tuple(segments),
             **_common((q, k, v, out), tile, bits, pixels, bias, weights),
         )  # fmt: skip
     return out, gates
+
+
+def _gates(
+    gates: Tensor,
+    phi: Tensor,
+    psi: Tensor,
+    gate_bias: Tensor | None,
+    dtype: torch.dtype,
+    count: int,
+) -> None:
+    """``gates``, the bits [B, N, words], from the gate's features. A kernel of its own, for these
+    are as much to read as a head's query, and all heads share them."""
+    batch, n = gates.shape[:2]
+    features = phi.shape[-1]
+    _gate[(triton.cdiv(n, GATE_ROWS), batch)](
+        gates, phi, psi, _or(gate_bias, phi), _batch_stride(phi), _batch_stride(psi), n, T=count,
+        R=features, BLOCK_R=_block(features), BLOCK_N=GATE_ROWS, BLOCK_T0=token_tiles(count)[0],
+        BLOCK_T1=token_tiles(count)[1], BIASED=gate_bias is not None, EVEN=n % GATE_ROWS == 0,
+        PRECISION=_precision(dtype), num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -874,11 +943,15 @@ def _common(
         "WEIGHTS": weights is not None,
         "EVEN": q.shape[2] % tile.n == 0,
         "ALIGNED": all(map(_aligned, heads)),
-        # As exact as PyTorch, which does not multiply in TF32 unless asked for.
-        "PRECISION": _exactly() if q.dtype == torch.float32 else "tf32",
-        # Loads of the next head's, ahead of time, would take the shared memory of other programs.
-        "num_stages": 1,
+        "PRECISION": _precision(q.dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """As exact as PyTorch, which does not multiply in TF32 unless asked for."""
+    return _exactly() if dtype == torch.float32 else "tf32"
 
 
 def backward(
@@ -911,9 +984,8 @@ def backward(
     tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
-    chunks = _chunks(q, batch * heads, every) if need_k or need_v else every
-    tiles = triton.cdiv(every, chunks)
-    chunks = triton.cdiv(every, tiles)
+    sums = need_k or need_v
+    chunks, tiles = _chunks(q, batch * heads, every, tile.programs, SUMS if sums else LOAD)
     parts_k = q.new_empty((chunks, batch, count, heads, d) if need_k else 0, dtype=torch.float32)
     parts_v = q.new_empty(
         (chunks, batch, count, heads, width) if need_v else 0, dtype=torch.float32
@@ -932,29 +1004,39 @@ def backward(
                 *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
                 SEGMENTS=tuple(segments), NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
-                num_warps=tile.warps,
                 **_common(
                     (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
                 ),
             )  # fmt: skip
-        for needed, parts, total in ((need_k, parts_k, dk), (need_v, parts_v, dv)):
-            if needed:
-                _added(parts, total, groups, share)
+        _add(parts_k, parts_v, dk, dv, groups, share)
     return dq, dk, dv
 
 
-def _chunks(q: Tensor, each: int, most: int) -> int:
-    """Parts of the rows, each of which leaves a sum of its own: two programs a multiprocessor."""
-    return max(1, min(most, 2 * _multiprocessors(q) // each))
+def _chunks(q: Tensor, each: int, most: int, programs: int, extra: int) -> tuple[int, int]:
+    """Into how many programs to part the ``most`` tiles of each of ``each`` heads, and the tiles of
+    one. Where a multiprocessor holds so many programs, and what a program does besides takes as
+    long as ``extra`` tiles, all of them take the least time so."""
+
+    def time(tiles: int) -> int:
+        waves = triton.cdiv(each * triton.cdiv(most, tiles), programs * _multiprocessors(q))
+        return waves * (tiles + extra)
+
+    tiles = min(range(1, most + 1), key=time)
+    return triton.cdiv(most, tiles), tiles
 
 
-def _added(parts: Tensor, total: Tensor, groups: int, share: int) -> None:
-    """``total``, of which the memory is [groups, ...], from ``parts`` [chunks, groups · share, …]
-    in a fixed order."""
-    size = total.numel()
-    _sum[(triton.cdiv(size, 1024),)](
-        parts, total, size, size // groups, parts.shape[0], share, BLOCK=1024
-    )
+def _add(parts_k: Tensor, parts_v: Tensor, dk: Tensor, dv: Tensor, groups: int, share: int) -> None:
+    """dk and dv, of which the memory is [groups, ...], from parts [chunks, groups · share, ...] in
+    a fixed order; what is empty is not needed."""
+    needed = [pair for pair in ((parts_k, dk), (parts_v, dv)) if pair[1].numel()]
+    if needed:
+        (first, one), (second, other) = needed[0], needed[-1]
+        block = 256
+        grid = triton.cdiv(max(one.numel(), other.numel()), block), len(needed)
+        _sum[grid](
+            first, second, one, other, one.numel(), other.numel(), groups, len(first), share,
+            BLOCK=block, BLOCK_C=16,
+        )  # fmt: skip
 
 
 def scores_backward(
@@ -986,15 +1068,13 @@ def scores_backward(
     )
     tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
     # Its programs hold more: scores and their gradients, and those to the features.
-    tile = Tile(max(FEWEST_ROWS, tile.n // 2), tile.t0, tile.t1, tile.warps)
+    tile = replace(tile, n=SCORES_ROWS, warps=SCORES_WARPS, stages=1)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     groups = heads if need_bias and bias is not None and bias.shape[1] > 1 else 1
     features = phi.shape[-1] if need_gate and phi is not None else 1
     pieces = len(segments) // 2
     every = max(1, triton.cdiv(n, tile.n))
-    chunks = _chunks(q, max(1, batch * groups), every)
-    tiles = triton.cdiv(every, chunks)
-    chunks = triton.cdiv(every, tiles)
+    chunks, tiles = _chunks(q, max(1, batch * groups), every, 2, SUMS)
 
     def empty(needed: bool, *shape: int, dtype: Any = torch.float32) -> Tensor:
         made = q.new_empty(shape if needed else 0, dtype=dtype)
@@ -1019,7 +1099,7 @@ def scores_backward(
                 BLOCK_R=_block(features), BLOCK_S=triton.next_power_of_2(pieces),
                 HEADS=heads // groups, SEGMENTS=tuple(segments), GATE=need_gate,
                 GATE_BIASED=gate_bias is not None, MULTIPLICATIVE=multiplicative and need_gate,
-                NEED_BIAS=need_bias, NEED_WEIGHTS=need_weights, num_warps=tile.warps,
+                NEED_BIAS=need_bias, NEED_WEIGHTS=need_weights,
                 WIDE=_exactly() if q.dtype == torch.float32 else "tf32",
                 **_common((q, k, v, grad), tile, bits, pixels, bias, weights),
             )  # fmt: skip

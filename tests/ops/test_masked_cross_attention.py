@@ -500,7 +500,10 @@ def test_nothing_waits_and_graphs_replay(kind: str) -> None:
         out = masked_cross_attention(*inputs[:3], here)
         return [out, *torch.autograd.grad(out, inputs, grad)]
 
-    with sdcore.backend("triton"):
+    # What is captured must not depend on PyTorch's default stream, on which gradients would wait.
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with sdcore.backend("triton"), torch.cuda.stream(stream):
         wanted = function()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -510,11 +513,12 @@ def test_nothing_waits_and_graphs_replay(kind: str) -> None:
         for one, other in zip(again, wanted, strict=True):
             assert one.equal(other)  # repeatable
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             found = function()
         for one in found:
             one.zero_()
         graph.replay()
+    torch.cuda.synchronize()
     for one, other in zip(found, wanted, strict=True):
         assert one.equal(other)
 
