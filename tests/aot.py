@@ -163,6 +163,9 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         mock.patch.object(sliced_wasserstein, "_multiprocessors", lambda tensor: 132),
         mock.patch.object(masked_cross_attention, "_multiprocessors", lambda tensor: 132),
         mock.patch.object(masked_cross_attention, "_shared_memory", lambda tensor: limit),
+        mock.patch.object(
+            masked_cross_attention, "_wide_products", lambda tensor: target.arch in (90, 100)
+        ),
         mock.patch.object(masked_cross_attention, "amd", lambda: target.backend == "hip"),
     ):
         for dtype, d, tokens, mask in attention_cases(chip):
@@ -224,6 +227,8 @@ def compile_for(chip: str, launch: Launch) -> list[str]:
         registers, local, declared = usage(compiled.asm["cubin"])
         if local > SPILLS.get(launch.kernel, 0):
             wrong.append(f"spills: {registers} registers, {local} bytes")
+        if target.arch == 90:  # where wide products are told their operands' places so
+            wrong += [f"reads {one} unset" for one in unset(compiled.asm["cubin"])]
         if target.arch >= 90:
             declared = max(0, declared - KIB)  # the system's part, where a program has any
         if declared:
@@ -246,18 +251,48 @@ def usage(cubin: bytes) -> tuple[int, int, int]:
 
     As the chip's own tools report them; what Triton has allocated at the launch is not in it.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    report = tool("cuobjdump", cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump does not tell registers: {report!r}")
     registers, stack, shared, local = map(int, found.groups())
     return registers, stack + local, shared
+
+
+def unset(cubin: bytes) -> list[str]:
+    """Uniform registers that are read before anything is written to them, in the code's order.
+
+    ptxas 12.8, which Triton 3.6 has, made such code: it counted places of a tensor core's operands
+    from a register that it set only later.
+    """
+    found: list[str] = []
+    written: set[str] = set()
+    for line in tool("nvdisasm", cubin, "-c").splitlines():
+        matched = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+) (.*?);", line)
+        if matched is None:
+            continue
+        name, operands = matched[1], [re.findall(r"\bUR\d+", one) for one in matched[2].split(",")]
+        writes = re.match("U[A-Z0-9]|[RS]2UR|LDCU|VOTEU|REDUX", name) is not None
+        read = [one for some in operands[int(writes) :] for one in some]
+        if "gdesc" in matched[2]:  # four registers, or the last two where A is in others
+            first = int(read[0][2:])
+            in_registers = re.match(r"R\d+, R\d+", matched[2]) is not None
+            read = [f"UR{first + i}" for i in range(2 if in_registers else 0, 4)]
+        found += [one for one in read if one not in written and one not in found]
+        for one in operands[0] if writes else ():
+            wide = ".64" in name or ".WIDE" in name
+            written |= {one, f"UR{int(one[2:]) + 1}"} if wide else {one}
+    return found
+
+
+def tool(name: str, cubin: bytes, option: str) -> str:
+    """What a tool of Triton's wheel says of this code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        command = [path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:

@@ -392,6 +392,34 @@ def _score_gradients(
 
 
 @triton.jit
+def _no_sum(BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
+    else:
+        return tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+
+
+@triton.jit
+def _summed(total, part, rows, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """``total`` and, over rows, the products of ``part`` [rows, T] and ``rows`` [rows, D]: [T, D].
+
+    TRANSPOSED, [D, T]: the tensor cores of Hopper take 64 rows at once, of which 16 tokens are
+    none, but a head's width may be.
+    """
+    if TRANSPOSED:
+        return tl.dot(tl.trans(rows), part, total, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(part), rows, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_sum(at, total, t, stride, T, D: tl.constexpr, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        total = tl.trans(total)
+    _store(at, total, t, stride, T, D, False)
+
+
+@triton.jit
 def _backward(
     grad, q, k, v, dq, dk, dv, words, pixels, tokens, bias, weights,
     gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt, db, dh, dn,
@@ -400,8 +428,8 @@ def _backward(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
     SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHTS: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, NEED_Q: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
     tiles contribute, to be added up."""
@@ -419,15 +447,15 @@ def _backward(
     regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
     key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
     value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
-    dk0 = tl.zeros((BLOCK_D, BLOCK_T0), tl.float32)
-    dv0 = tl.zeros((BLOCK_DV, BLOCK_T0), tl.float32)
+    dk0 = _no_sum(BLOCK_T0, BLOCK_D, TRANSPOSED)
+    dv0 = _no_sum(BLOCK_T0, BLOCK_DV, TRANSPOSED)
     if BLOCK_T1 > 0:
         t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
         regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
         key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
         value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
-        dk1 = tl.zeros((BLOCK_D, BLOCK_T1), tl.float32)
-        dv1 = tl.zeros((BLOCK_DV, BLOCK_T1), tl.float32)
+        dk1 = _no_sum(BLOCK_T1, BLOCK_D, TRANSPOSED)
+        dv1 = _no_sum(BLOCK_T1, BLOCK_DV, TRANSPOSED)
     for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
@@ -447,15 +475,9 @@ def _backward(
             s0, s1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
             BITS or REGIONS, WEIGHTS,
         )  # fmt: skip
-        # Sums are held transposed: with the head's width as rows, tensor cores take 16 tokens too.
-        if NEED_V:
-            # Both before the products: where one follows the other, ptxas 12.8 (Triton 3.6) made
-            # code that sums wrong tokens, or writes elsewhere. That of CUDA 13.0 does not.
-            parts0 = p0.to(back.dtype)
-            parts1 = p1.to(back.dtype)
-            dv0 = tl.dot(tl.trans(back), parts0, dv0, input_precision=PRECISION)
-            if BLOCK_T1 > 0:
-                dv1 = tl.dot(tl.trans(back), parts1, dv1, input_precision=PRECISION)
+        # Rounded as the products take them, also for what follows: half the registers.
+        p0 = p0.to(back.dtype)
+        p1 = p1.to(back.dtype)
         if NEED_Q or NEED_K:
             g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
             g1 = tl.dot(back, tl.trans(value1), input_precision=PRECISION) if BLOCK_T1 > 0 else g0
@@ -466,24 +488,31 @@ def _backward(
             d0 = d0.to(query.dtype)
             if BLOCK_T1 > 0:
                 d1 = d1.to(query.dtype)
-        if NEED_K:
-            dk0 = tl.dot(tl.trans(query), d0, dk0, input_precision=PRECISION)
-            if BLOCK_T1 > 0:
-                dk1 = tl.dot(tl.trans(query), d1, dk1, input_precision=PRECISION)
         if NEED_Q:
             found = tl.dot(d0, key0, input_precision=PRECISION)
             if BLOCK_T1 > 0:
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
             _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, rows, dn, N, D, EVEN)
+        # All sums at the end, when probabilities and gradients both are in shared memory: where
+        # one took another's place there, ptxas 12.8 (Triton 3.6) made code that reads registers
+        # before they are set. That of CUDA 13.0 does not.
+        if NEED_V:
+            dv0 = _summed(dv0, p0, back, TRANSPOSED, PRECISION)
+            if BLOCK_T1 > 0:
+                dv1 = _summed(dv1, p1, back, TRANSPOSED, PRECISION)
+        if NEED_K:
+            dk0 = _summed(dk0, d0, query, TRANSPOSED, PRECISION)
+            if BLOCK_T1 > 0:
+                dk1 = _summed(dk1, d1, query, TRANSPOSED, PRECISION)
     at = (chunk.to(tl.int64) * B + b) * T * H + h
     if NEED_K:
-        _store(dk + at * D, tl.trans(dk0) * scale, t0, H * D, T, D, False)
+        _store_sum(dk + at * D, dk0 * scale, t0, H * D, T, D, TRANSPOSED)
         if BLOCK_T1 > 0:
-            _store(dk + at * D, tl.trans(dk1) * scale, t1, H * D, T, D, False)
+            _store_sum(dk + at * D, dk1 * scale, t1, H * D, T, D, TRANSPOSED)
     if NEED_V:
-        _store(dv + at * DV, tl.trans(dv0), t0, H * DV, T, DV, False)
+        _store_sum(dv + at * DV, dv0, t0, H * DV, T, DV, TRANSPOSED)
         if BLOCK_T1 > 0:
-            _store(dv + at * DV, tl.trans(dv1), t1, H * DV, T, DV, False)
+            _store_sum(dv + at * DV, dv1, t1, H * DV, T, DV, TRANSPOSED)
 
 
 @triton.jit
@@ -725,12 +754,14 @@ class Tile:
     warps: int
     stages: int  # tiles of rows that are on their way to it
     programs: int  # that a multiprocessor holds
+    transposed: bool = False  # how a backward's sums are held
 
 
 # Numbers of a tile of keys, up to which a tile of rows fits beside it in registers, and that tile:
 # rows, warps, stages, programs of a multiprocessor. By the compiler's report; more would spill.
-FORWARD = ((5120, (64, 4, 2, 4)), (10240, (64, 4, 2, 2)), (20480, (32, 4, 1, 2)))
-BACKWARD = ((5120, (64, 4, 2, 2)),)
+FORWARD = ((5120, (64, 4, 1, 5)), (10240, (64, 4, 1, 2)), (20480, (32, 4, 1, 2)))
+BACKWARD = ((5120, (64, 8, 1, 1)),)
+WIDE_BACKWARD = ((5120, (64, 4, 1, 2, True)),)  # with Hopper's wide products, in 16 bits
 LEAST = (16, 8, 1, 1)  # beyond
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
@@ -759,21 +790,32 @@ def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     return _tile(FORWARD, dtype, tokens, width)
 
 
-def backward_tile(dtype: torch.dtype, tokens: int, width: int, added: bool = False) -> Tile:
+def backward_tile(q: Tensor, tokens: int, width: int, added: bool = False) -> Tile:
     """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
-    return _tile(BACKWARD, dtype, tokens, width * (2 if added else 1))
+    wide = q.dtype != torch.float32 and not added and _wide_products(q)
+    fits = WIDE_BACKWARD if wide else BACKWARD
+    tile = _tile(fits, q.dtype, tokens, width * (2 if added else 1))
+    # Of AMD's wider warps, four hold what eight do here, and eight spill.
+    return replace(tile, warps=4) if amd() else tile
 
 
 def _tile(
-    fits: Sequence[tuple[int, tuple[int, ...]]], dtype: torch.dtype, tokens: int, width: int
+    fits: Sequence[tuple[int, tuple[Any, ...]]], dtype: torch.dtype, tokens: int, width: int
 ) -> Tile:
     size = _size(dtype, tokens, width)
-    n, warps, stages, programs = next((found for most, found in fits if size <= most), LEAST)
-    return Tile(n, *token_tiles(tokens), warps, stages, programs)
+    n, *others = next((found for most, found in fits if size <= most), LEAST)
+    return Tile(n, *token_tiles(tokens), *others)
 
 
 def amd() -> bool:
     return torch.version.hip is not None
+
+
+def _wide_products(tensor: Tensor) -> bool:
+    """Whether tensor cores take operands of 64 rows from shared memory (wgmma, tcgen05)."""
+    if amd() or not tensor.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
 
 
 def refuses(q: Tensor, tokens: int, width: int) -> str | None:
@@ -787,18 +829,18 @@ def refuses(q: Tensor, tokens: int, width: int) -> str | None:
         if tokens > 96 or _size(q.dtype, tokens, wider) > AMD_SIZE:
             return f"on AMD's chips it takes no {tokens} tokens of {wider} numbers"
         return None
-    needed, there = shared_memory(q.dtype, tokens, wider), _shared_memory(q)
+    needed, there = shared_memory(q, tokens, wider), _shared_memory(q)
     if needed > there:
         return f"{tokens} tokens of {wider} numbers need {needed} bytes shared, {there} exist"
     return None
 
 
-def shared_memory(dtype: torch.dtype, tokens: int, width: int) -> int:
+def shared_memory(q: Tensor, tokens: int, width: int) -> int:
     """Bytes that a program may need, generously: the compiler says exactly, but only afterwards."""
-    tile, block = backward_tile(dtype, tokens, width), _block(width)
+    tile, block = backward_tile(q, tokens, width), _block(width)
     numbers = 1.8 * (tile.t0 + tile.t1) * 2 * block
     numbers += 1.5 * tile.n * 2 * (block + tile.t0 + tile.t1)
-    return int(numbers * (8 if dtype == torch.float32 else 2))
+    return int(numbers * (8 if q.dtype == torch.float32 else 2))
 
 
 def _shared_memory(tensor: Tensor) -> int:
@@ -981,7 +1023,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
     bits, pixels, tokens, weights = map(_contiguous, (bits, pixels, tokens, weights))
-    tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
+    tile = backward_tile(q, count, max(d, width), bias is not None)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
     sums = need_k or need_v
@@ -1003,7 +1045,8 @@ def backward(
                 _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
                 *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-                SEGMENTS=tuple(segments), NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
+                SEGMENTS=tuple(segments), TRANSPOSED=tile.transposed, NEED_Q=want_q,
+                NEED_K=want_k, NEED_V=want_v,
                 **_common(
                     (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
                 ),
@@ -1066,7 +1109,7 @@ def scores_backward(
     bits, pixels, tokens, phi, psi, weights = map(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
-    tile = backward_tile(q.dtype, count, max(d, width), bias is not None)
+    tile = backward_tile(q, count, max(d, width), bias is not None)
     # Its programs hold more: scores and their gradients, and those to the features.
     tile = replace(tile, n=SCORES_ROWS, warps=SCORES_WARPS, stages=1)
     added = None if bias is None else bias.expand(batch, heads, n, count)
