@@ -429,7 +429,8 @@ def _backward(
     BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
     SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, BIAS: tl.constexpr,
     WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, NEED_Q: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
     tiles contribute, to be added up."""
