@@ -167,6 +167,14 @@ def record(ptx: bool, chip: str) -> list[Launch]:
             masked_cross_attention, "_wide_products", lambda tensor: target.arch in (90, 100)
         ),
         mock.patch.object(masked_cross_attention, "amd", lambda: target.backend == "hip"),
+        mock.patch.object(
+            masked_cross_attention, "_speaks_ptx", lambda tensor: target.backend == "cuda"
+        ),
+        mock.patch.object(
+            masked_cross_attention,
+            "_launches_early",
+            lambda tensor: target.backend == "cuda" and target.arch >= 90,
+        ),
     ):
         for dtype, d, tokens, mask in attention_cases(chip):
             q = torch.empty(1, 1, 1, d, dtype=dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST_TOKENS = 320
-MOST_COORDINATES = 256
+MOST_STRIDE = 1 << 24  # times 256, the most rows of a tile, it still takes 32 bits
 CLAMP = tl.constexpr(20.0)  # of S - lse, where a gate is closed
 PENALTY = tl.constexpr(1e4)  # of a closed gate, as the published code has it
 WORD = tl.constexpr(32)
@@ -38,31 +38,44 @@ def _at(pointer, b, batch_stride, h, head_stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rows(at, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix; zeros beyond ``count`` rows and D columns."""
-    d = tl.arange(0, BLOCK_D)
-    at += rows.to(tl.int64)[:, None] * stride + d[None, :]
+def _places(start, rows, d, stride):
+    """Of a tile from row ``start`` on. Where it begins takes 64 bits, what lies within it 32 (see
+    _rowwise), unsigned, which chips add to the former themselves."""
+    within = (rows[:, None] * stride + d[None, :]).to(tl.uint32)
+    return tl.cast(start, tl.int64) * stride + within.to(tl.int64)
+
+
+@triton.jit
+def _rows(
+    at, start, BLOCK: tl.constexpr, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK_D] of a matrix, its rows from ``start`` on; zeros beyond ``count`` rows and D
+    columns."""
+    rows, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at += _places(start, rows, d, stride)
     if D == BLOCK_D:
         if EVEN:
             return tl.load(at)
         else:
-            return tl.load(at, mask=(rows < count)[:, None], other=0.0)
+            return tl.load(at, mask=(rows < count - start)[:, None], other=0.0)
     else:
         if EVEN:
             return tl.load(at, mask=(d < D)[None, :], other=0.0)
         else:
-            return tl.load(at, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0)
+            inside = (rows < count - start)[:, None] & (d < D)[None, :]
+            return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store(at, value, rows, stride, count, D: tl.constexpr, EVEN: tl.constexpr):
-    d = tl.arange(0, value.shape[1])
-    at += rows.to(tl.int64)[:, None] * stride + d[None, :]
+def _store(at, value, start, stride, count, D: tl.constexpr, EVEN: tl.constexpr):
+    rows, d = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
+    at += _places(start, rows, d, stride)
     value = value.to(at.dtype.element_ty)
     if EVEN and value.shape[1] == D:
         tl.store(at, value)
     else:
-        tl.store(at, value, mask=(rows < count)[:, None] & (d < D)[None, :])
+        tl.store(at, value, mask=(rows < count - start)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -73,47 +86,69 @@ def _store_tokens(at, value, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N
 
 
 @triton.jit
-def _from_bits(
-    words, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr, EVEN: tl.constexpr
+def _marks(
+    marks, rows, N, T: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr
 ):
-    """[rows, BLOCK_T]: whether the bit of each token from ``first`` on is set."""
-    t = first + tl.arange(0, BLOCK_T)
-    count: tl.constexpr = (T + WORD - 1) // WORD
-    at = words + rows.to(tl.int64) * count
-    spread = tl.zeros((rows.shape[0], BLOCK_T), tl.int32)
-    for j in tl.static_range(first // WORD, (first + BLOCK_T + WORD - 1) // WORD):
-        if j < count:
-            word = tl.load(at + j) if EVEN else tl.load(at + j, mask=rows < N, other=0)
-            spread = tl.where((t // WORD == j)[None, :], word[:, None], spread)
-    return ((spread >> (t % WORD)[None, :]) & 1) != 0
+    """What each row's mask is made of: its bits in WORDS words, or its set of regions in one."""
+    found = ()
+    for j in tl.static_range(WORDS):
+        at = marks + rows.to(tl.int64) * WORDS + j
+        word = tl.load(at) if EVEN else tl.load(at, mask=rows < N, other=0)
+        if BITS and WORD * (j + 1) > T:
+            word &= (1 << T % 32) - 1
+        found += (word,)
+    return found
 
 
 @triton.jit
-def _regions_of(
-    tokens, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr, REGIONS: tl.constexpr
-):
-    """The sets of regions of the tokens from ``first`` on; zeros where masks are others."""
+def _where_common(s, one, other, PTX: tl.constexpr):
+    """``s`` where two sets of bits have one in common, else -inf.
+
+    PTX, for LLVM packs these comparisons into words and spreads them out again: five instructions a
+    score in place of two.
+    """
+    if PTX:
+        one, other = tl.broadcast_to(one, s.shape), tl.broadcast_to(other, s.shape)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred common;
+            .reg .b32 both;
+            and.b32 both, $2, $3;
+            setp.ne.b32 common, both, 0;
+            selp.f32 $0, $1, 0fFF800000, common;
+            }""",
+            "=f,f,r,r",
+            [s, one, other],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.where((one & other) != 0, s, float("-inf"))
+
+
+@triton.jit
+def _masked(
+    s, marks, tokens, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
+    BITS: tl.constexpr, REGIONS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Scores [rows, BLOCK_T], -inf for the tokens that a row may not attend to, or beyond T."""
     t = first + tl.arange(0, BLOCK_T)
     if REGIONS:
-        return tl.load(tokens + t, mask=t < T, other=0)
+        # Read anew for each tile, from the nearest cache: there are no registers to keep them in.
+        regions = tl.load(tokens + t, mask=t < T, other=0)
+        return _where_common(s, marks[0][:, None], regions[None, :], PTX)
+    elif BITS:
+        low: tl.constexpr = first // WORD
+        spread = tl.broadcast_to(marks[low][:, None], s.shape)
+        for j in tl.static_range(low + 1, (min(first + BLOCK_T, T) + WORD - 1) // WORD):
+            spread = tl.where((t // WORD == j)[None, :], marks[j][:, None], spread)
+        # A thread has the same t % 8 in all its columns, or two: few shifts, and constants.
+        return _where_common(s, spread >> (t % 8)[None, :], (1 << t % WORD // 8 * 8)[None, :], PTX)
+    elif first + BLOCK_T > T:
+        return tl.where((t < T)[None, :], s, float("-inf"))
     else:
-        return tl.zeros((BLOCK_T,), tl.int32)
-
-
-@triton.jit
-def _open(
-    words, pixels, regions, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
-    BITS: tl.constexpr, REGIONS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """[rows, BLOCK_T]: the tokens from ``first`` on that each row may attend to."""
-    t = first + tl.arange(0, BLOCK_T)
-    if BITS:
-        return _from_bits(words, rows, first, BLOCK_T, N, T, EVEN) & (t < T)[None, :]
-    elif REGIONS:
-        pixel = tl.load(pixels + rows) if EVEN else tl.load(pixels + rows, mask=rows < N, other=0)
-        return (pixel[:, None] & regions[None, :]) != 0
-    else:
-        return tl.broadcast_to((t < T)[None, :], (rows.shape[0], BLOCK_T))
+        return s
 
 
 @triton.jit
@@ -122,7 +157,7 @@ def _gate_logits(
     R: tl.constexpr, BLOCK_R: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = first + tl.arange(0, BLOCK_T)
-    words = _rows(psi, t, R, T, R, BLOCK_R, False)
+    words = _rows(psi, first, BLOCK_T, R, T, R, BLOCK_R, False)
     z = tl.dot(features, tl.trans(words), input_precision=PRECISION) * (R**-0.5)
     if BIASED:
         z += tl.load(bias).to(tl.float32)
@@ -157,10 +192,10 @@ def _store_bits(words, open, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N
 @triton.jit
 def _scores(
     query, key, bias, rows, first: tl.constexpr, BLOCK_T: tl.constexpr, N, T: tl.constexpr,
-    scale, bn, bt, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    factor, bn, bt, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scaled products of query and key, with the bias, as exponents of 2."""
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+    """Products of query and key, times ``factor``, with the bias, as exponents of 2."""
+    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
     if BIAS:
         t = first + tl.arange(0, BLOCK_T)
         at = bias + rows.to(tl.int64)[:, None] * bn + t[None, :] * bt
@@ -170,13 +205,21 @@ def _scores(
 
 
 @triton.jit
+def _factors(scale, BIAS: tl.constexpr, POSITIVE: tl.constexpr):
+    """What scores are multiplied by when they are made, and what again under their power: the
+    latter costs nothing there, but the largest is still the largest only if it is positive."""
+    if POSITIVE and not BIAS:
+        return 1.0, scale * LOG2E
+    else:
+        return scale * LOG2E, 1.0
+
+
+@triton.jit
 def _within(
-    s, open, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
-    low: tl.constexpr, high: tl.constexpr, MASKED: tl.constexpr,
+    s, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr,
 ):  # fmt: skip
-    """Scores, -inf where closed and outside of the segment from ``low`` up to ``high``."""
-    if MASKED or first + BLOCK_T > T:
-        s = tl.where(open, s, float("-inf"))
+    """Scores, -inf outside of the segment from ``low`` up to ``high``."""
     if low > first or (high < T and high < first + BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         s = tl.where(((t >= low) & (t < high))[None, :], s, float("-inf"))
@@ -185,23 +228,23 @@ def _within(
 
 @triton.jit
 def _powers(
-    s0, s1, open0, open1, T: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
-    low: tl.constexpr, high: tl.constexpr, MASKED: tl.constexpr,
+    s0, s1, factor, T: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
+    low: tl.constexpr, high: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment's scores, in both tiles: their powers over that of the largest, zero where
-    closed; the sum of these; and the largest."""
-    e0 = _within(s0, open0, 0, BLOCK_T0, T, low, high, MASKED)
+    """Of a segment's scores, in both tiles, times ``factor``: their powers over that of the
+    largest, zero where closed; the sum of these; and the largest."""
+    e0 = _within(s0, 0, BLOCK_T0, T, low, high)
     e1 = e0
     largest = tl.max(e0, 1)
     if BLOCK_T1 > 0:
-        e1 = _within(s1, open1, BLOCK_T0, BLOCK_T1, T, low, high, MASKED)
+        e1 = _within(s1, BLOCK_T0, BLOCK_T1, T, low, high)
         largest = tl.maximum(largest, tl.max(e1, 1))
     # In a row that may attend to nothing, powers are zeros then, and not NaN.
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    e0 = tl.exp2(e0 - largest[:, None])
+    largest = tl.where(largest == float("-inf"), 0.0, largest) * factor
+    e0 = tl.exp2(e0 * factor - largest[:, None])
     total = tl.sum(e0, 1)
     if BLOCK_T1 > 0:
-        e1 = tl.exp2(e1 - largest[:, None])
+        e1 = tl.exp2(e1 * factor - largest[:, None])
         total += tl.sum(e1, 1)
     return e0, e1, total, largest
 
@@ -222,25 +265,16 @@ def _weight(weights, rows, s: tl.constexpr, N, WEIGHTS: tl.constexpr):
 
 @triton.jit
 def _softmax(
-    s0, s1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
-    BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, WEIGHTS: tl.constexpr,
+    s0, s1, factor, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
+    BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The weighted sum of the segments' probabilities, of both tiles."""
     p0 = tl.zeros(s0.shape, tl.float32)
     p1 = tl.zeros(s1.shape, tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
         e0, e1, total, _ = _powers(
-            s0,
-            s1,
-            open0,
-            open1,
-            T,
-            BLOCK_T0,
-            BLOCK_T1,
-            SEGMENTS[2 * i],
-            SEGMENTS[2 * i + 1],
-            MASKED,
-        )
+            s0, s1, factor, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]
+        )  # fmt: skip
         share = (_normalizer(total) * _weight(weights, rows, i, N, WEIGHTS))[:, None]
         p0 += e0 * share
         if BLOCK_T1 > 0:
@@ -252,14 +286,17 @@ def _softmax(
 def _gate(
     gates, phi, psi, gate_bias, fb, sb, N, T: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BIASED: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: the bits [B, N, T / 32] of BLOCK_N rows' gates, for all heads."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    start = tl.program_id(0) * BLOCK_N
+    rows = start + tl.arange(0, BLOCK_N)
     b = tl.program_id(1).to(tl.int64)
     phi += b * fb
     psi += b * sb
-    features = _rows(phi, rows, R, N, R, BLOCK_R, EVEN)
+    features = _rows(phi, start, BLOCK_N, R, N, R, BLOCK_R, EVEN)
     z0 = _gate_logits(features, psi, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, BIASED, PRECISION)
     best = tl.max(z0, 1)
     if BLOCK_T1 > 0:
@@ -282,22 +319,22 @@ def _gate(
 
 @triton.jit
 def _forward(
-    q, k, v, out, words, pixels, tokens, bias, weights,
+    q, k, v, out, marks, tokens, bias, weights,
     qb, qh, qn, kb, kh, kt, vb, vh, vt, ob, oh, on,
-    mb, tb, bb, bh, bn, bt, wb, N, share, tiles, scale: tl.float32,
+    mb, tb, bb, bh, bn, bt, wb, N, share, tiles, longer, scale: tl.float32,
     T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
-    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    AFTER_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head, whose keys and values stay where they are."""
     chunk = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    words += b * mb
-    pixels += b * mb
+    marks += b * mb
     tokens += b * tb
     bias += b * bb + h * bh
     weights += b * wb
@@ -305,61 +342,59 @@ def _forward(
     out_at = _at(out, b, ob, h, oh, ALIGNED)
     keys = _at(k, b // share, kb, h, kh, ALIGNED)
     values = _at(v, b // share, vb, h, vh, ALIGNED)
-    first = chunk * tiles
-    last = tl.minimum(first + tiles, tl.cdiv(N, BLOCK_N))
-    rows = first * BLOCK_N + tl.arange(0, BLOCK_N)
-    following = _rows(query_at, rows, qn, N, D, BLOCK_D, EVEN)
-    t0 = tl.arange(0, BLOCK_T0)
-    key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
-    value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
-    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
+    before, after = _factors(scale, BIAS, POSITIVE)
+    first = chunk * tiles + tl.minimum(chunk, longer)
+    last = first + tiles + tl.where(chunk < longer, 1, 0)
+    start = first * BLOCK_N
+    end = tl.minimum(N, last * BLOCK_N)
+    following = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+    key0 = _rows(keys, 0, BLOCK_T0, kt, T, D, BLOCK_D, BLOCK_T0 <= T)
+    value0 = _rows(values, 0, BLOCK_T0, vt, T, DV, BLOCK_DV, BLOCK_T0 <= T)
     if BLOCK_T1 > 0:
-        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
-        key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
-        value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
-        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
+        key1 = _rows(keys, BLOCK_T0, BLOCK_T1, kt, T, D, BLOCK_D, False)
+        value1 = _rows(values, BLOCK_T0, BLOCK_T1, vt, T, DV, BLOCK_DV, False)
+    if AFTER_GATE:
+        tl.extra.cuda.gdc_wait()
+    rows = start + tl.arange(0, BLOCK_N)
+    following_marks = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
     for _tile in range(first, last):
-        query = following
+        query, mark = following, following_marks
         # The next tile's are read while this one is computed, and the first beside the keys.
-        following = _rows(
-            query_at, rows + BLOCK_N, qn, tl.minimum(N, last * BLOCK_N), D, BLOCK_D, False
-        )
-        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
-        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
+        following = _rows(query_at, start + BLOCK_N, BLOCK_N, qn, end, D, BLOCK_D, False)
+        following_marks = _marks(marks, rows + BLOCK_N, end, T, WORDS, BITS, False)
+        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, before, bn, bt, BIAS, PRECISION)
+        s1 = s0
         if BLOCK_T1 > 0:
-            open1 = _open(
-                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
-            )
             s1 = _scores(
-                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION
+                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, before, bn, bt, BIAS, PRECISION
             )
-        else:
-            open1, s1 = open0, s0
+        # After the products: what is open has no room in registers beside them.
+        s0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
+        if BLOCK_T1 > 0:
+            s1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
         if len(SEGMENTS) == 2:
             # What one softmax is divided by, its output may be as well, later.
             p0, p1, total, _ = _powers(
-                s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, SEGMENTS[0], SEGMENTS[1],
-                BITS or REGIONS,
+                s0, s1, after, T, BLOCK_T0, BLOCK_T1, SEGMENTS[0], SEGMENTS[1]
             )  # fmt: skip
             factor = _normalizer(total) * _weight(weights, rows, 0, N, WEIGHTS)
         else:
             p0, p1 = _softmax(
-                s0, s1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
-                BITS or REGIONS, WEIGHTS,
+                s0, s1, after, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
             )  # fmt: skip
             factor = tl.full((BLOCK_N,), 1.0, tl.float32)
         found = tl.dot(p0.to(value0.dtype), value0, input_precision=PRECISION)
         if BLOCK_T1 > 0:
             found = tl.dot(p1.to(value1.dtype), value1, found, input_precision=PRECISION)
-        _store(out_at, found * factor[:, None], rows, on, N, DV, EVEN)
+        _store(out_at, found * factor[:, None], start, on, N, DV, EVEN)
+        start += BLOCK_N
         rows += BLOCK_N
 
 
 @triton.jit
 def _score_gradients(
-    p0, p1, s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr,
-    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    p0, p1, s0, s1, factor, g0, g1, weights, rows, N, T: tl.constexpr,
+    BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The loss's gradients to the scores of both tiles, by those to the probabilities' weighted
     sum, ``g``; ``p`` is that sum."""
@@ -376,8 +411,7 @@ def _score_gradients(
         d1 = tl.zeros(s1.shape, tl.float32)
         for i in tl.static_range(len(SEGMENTS) // 2):
             e0, e1, total, _ = _powers(
-                s0, s1, open0, open1, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1],
-                MASKED,
+                s0, s1, factor, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]
             )  # fmt: skip
             mean = tl.sum(e0 * g0, 1)
             if BLOCK_T1 > 0:
@@ -413,78 +447,76 @@ def _summed(total, part, rows, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def _store_sum(at, total, t, stride, T, D: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _store_sum(
+    at, total, first: tl.constexpr, stride, T, D: tl.constexpr, TRANSPOSED: tl.constexpr
+):
     if TRANSPOSED:
         total = tl.trans(total)
-    _store(at, total, t, stride, T, D, False)
+    _store(at, total, first, stride, T, D, False)
 
 
 @triton.jit
 def _backward(
-    grad, q, k, v, dq, dk, dv, words, pixels, tokens, bias, weights,
+    grad, q, k, v, dq, dk, dv, marks, tokens, bias, weights,
     gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt, db, dh, dn,
-    mb, tb, bb, bh, bn, bt, wb, B, H, N, share, tiles, scale: tl.float32,
+    mb, tb, bb, bh, bn, bt, wb, B, H, N, share, tiles, longer, scale: tl.float32,
     T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
-    SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, NEED_Q: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
     tiles contribute, to be added up."""
     chunk = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    words += b * mb
-    pixels += b * mb
+    marks += b * mb
     tokens += b * tb
     bias += b * bb + h * bh
     weights += b * wb
-    t0 = tl.arange(0, BLOCK_T0)
     keys = _at(k, b // share, kb, h, kh, ALIGNED)
     values = _at(v, b // share, vb, h, vh, ALIGNED)
-    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
-    key0 = _rows(keys, t0, kt, T, D, BLOCK_D, False)
-    value0 = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+    before, after = _factors(scale, BIAS, POSITIVE)
+    key0 = _rows(keys, 0, BLOCK_T0, kt, T, D, BLOCK_D, BLOCK_T0 <= T)
+    value0 = _rows(values, 0, BLOCK_T0, vt, T, DV, BLOCK_DV, BLOCK_T0 <= T)
     dk0 = _no_sum(BLOCK_T0, BLOCK_D, TRANSPOSED)
     dv0 = _no_sum(BLOCK_T0, BLOCK_DV, TRANSPOSED)
     if BLOCK_T1 > 0:
-        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
-        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
-        key1 = _rows(keys, t1, kt, T, D, BLOCK_D, False)
-        value1 = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+        key1 = _rows(keys, BLOCK_T0, BLOCK_T1, kt, T, D, BLOCK_D, False)
+        value1 = _rows(values, BLOCK_T0, BLOCK_T1, vt, T, DV, BLOCK_DV, False)
         dk1 = _no_sum(BLOCK_T1, BLOCK_D, TRANSPOSED)
         dv1 = _no_sum(BLOCK_T1, BLOCK_DV, TRANSPOSED)
-    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
-        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
-        back = _rows(_at(grad, b, gb, h, gh, ALIGNED), rows, gn, N, DV, BLOCK_DV, EVEN)
-        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
-        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION)
+    first = chunk * tiles + tl.minimum(chunk, longer)
+    for tile in range(first, first + tiles + tl.where(chunk < longer, 1, 0)):
+        start = tile * BLOCK_N
+        rows = start + tl.arange(0, BLOCK_N)
+        mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
+        query = _rows(_at(q, b, qb, h, qh, ALIGNED), start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+        back = _rows(_at(grad, b, gb, h, gh, ALIGNED), start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
+        s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, before, bn, bt, BIAS, PRECISION)
+        s1 = s0
         if BLOCK_T1 > 0:
-            open1 = _open(
-                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
-            )
             s1 = _scores(
-                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION
+                query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, before, bn, bt, BIAS, PRECISION
             )
-        else:
-            open1, s1 = open0, s0
+        # After the products: what is open has no room in registers beside them.
+        s0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
+        if BLOCK_T1 > 0:
+            s1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
         p0, p1 = _softmax(
-            s0, s1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
-            BITS or REGIONS, WEIGHTS,
+            s0, s1, after, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
         )  # fmt: skip
-        # Rounded as the products take them, also for what follows: half the registers.
-        p0 = p0.to(back.dtype)
-        p1 = p1.to(back.dtype)
+        # Rounded here, so that they wait in shared memory, and not in registers, for their sum.
+        part0, part1 = p0.to(back.dtype), p1.to(back.dtype)
         if NEED_Q or NEED_K:
             g0 = tl.dot(back, tl.trans(value0), input_precision=PRECISION)
             g1 = tl.dot(back, tl.trans(value1), input_precision=PRECISION) if BLOCK_T1 > 0 else g0
             d0, d1 = _score_gradients(
-                p0, p1, s0, s1, g0, g1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1,
-                SEGMENTS, BITS or REGIONS, WEIGHTS,
+                p0, p1, s0, s1, after, g0, g1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS,
+                WEIGHTS,
             )  # fmt: skip
             d0 = d0.to(query.dtype)
             if BLOCK_T1 > 0:
@@ -493,79 +525,74 @@ def _backward(
             found = tl.dot(d0, key0, input_precision=PRECISION)
             if BLOCK_T1 > 0:
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
-            _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, rows, dn, N, D, EVEN)
+            _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, start, dn, N, D, EVEN)
         # All sums at the end, when probabilities and gradients both are in shared memory: where
         # one took another's place there, ptxas 12.8 (Triton 3.6) made code that reads registers
         # before they are set. That of CUDA 13.0 does not.
         if NEED_V:
-            dv0 = _summed(dv0, p0, back, TRANSPOSED, PRECISION)
+            dv0 = _summed(dv0, part0, back, TRANSPOSED, PRECISION)
             if BLOCK_T1 > 0:
-                dv1 = _summed(dv1, p1, back, TRANSPOSED, PRECISION)
+                dv1 = _summed(dv1, part1, back, TRANSPOSED, PRECISION)
         if NEED_K:
             dk0 = _summed(dk0, d0, query, TRANSPOSED, PRECISION)
             if BLOCK_T1 > 0:
                 dk1 = _summed(dk1, d1, query, TRANSPOSED, PRECISION)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     at = (chunk.to(tl.int64) * B + b) * T * H + h
     if NEED_K:
-        _store_sum(dk + at * D, dk0 * scale, t0, H * D, T, D, TRANSPOSED)
+        _store_sum(dk + at * D, dk0 * scale, 0, H * D, T, D, TRANSPOSED)
         if BLOCK_T1 > 0:
-            _store_sum(dk + at * D, dk1 * scale, t1, H * D, T, D, TRANSPOSED)
+            _store_sum(dk + at * D, dk1 * scale, BLOCK_T0, H * D, T, D, TRANSPOSED)
     if NEED_V:
-        _store_sum(dv + at * DV, dv0, t0, H * DV, T, DV, TRANSPOSED)
+        _store_sum(dv + at * DV, dv0, 0, H * DV, T, DV, TRANSPOSED)
         if BLOCK_T1 > 0:
-            _store_sum(dv + at * DV, dv1, t1, H * DV, T, DV, TRANSPOSED)
+            _store_sum(dv + at * DV, dv1, BLOCK_T0, H * DV, T, DV, TRANSPOSED)
 
 
 @triton.jit
 def _sum(
-    parts_k, parts_v, dk, dv, size_k, size_v, groups, chunks, share,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    parts_k, parts_v, dk, dv, size_k, size_v, chunks, share,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, AFTER_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [groups, ...], of ``size`` numbers: of [chunks, groups, share, ...] the sums."""
-    if tl.program_id(1) == 0:
-        _sum_of(parts_k, dk, size_k, groups, chunks, share, BLOCK, BLOCK_C)
+    """dk and dv [groups, size]: the sums of [chunks, groups, share, size]."""
+    if AFTER_PARTS:
+        tl.extra.cuda.gdc_wait()
+    if tl.program_id(2) == 0:
+        _sum_of(parts_k, dk, size_k, chunks, share, BLOCK, BLOCK_C)
     else:
-        _sum_of(parts_v, dv, size_v, groups, chunks, share, BLOCK, BLOCK_C)
+        _sum_of(parts_v, dv, size_v, chunks, share, BLOCK, BLOCK_C)
 
 
 @triton.jit
-def _sum_of(parts, out, size, groups, chunks, share, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    each = size // groups
-    start = (at // each) * share * each + at % each
+def _sum_of(parts, out, size, chunks, share, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group, groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, chunks * share, BLOCK_C):
         part = first + tl.arange(0, BLOCK_C)
-        place = (part % share) * each + (part // share).to(tl.int64) * size * share
+        row = (part // share) * groups * share + part % share + group * share
         inside = (part < chunks * share)[:, None] & (at < size)[None, :]
-        total += tl.sum(tl.load(parts + place[:, None] + start[None, :], inside, 0.0), 0)
+        total += tl.sum(tl.load(parts + row[:, None] * size + at[None, :], inside, 0.0), 0)
+    out += group * size
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
 def _per_token(
-    s0, s1, g0, g1, open0, open1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
-    BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    WEIGHTS: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
+    s0, s1, open0, open1, g0, g1, weights, rows, N, T: tl.constexpr, BLOCK_T0: tl.constexpr,
+    BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr, SEGMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
+    MULTIPLICATIVE: tl.constexpr,
 ):  # fmt: skip
     """The loss's gradients to the scores, or (MULTIPLICATIVE) to gates that multiply their powers;
-    and to the weights of the segments [rows, BLOCK_S]."""
+    and to the weights of the segments [rows, BLOCK_S]. ``open``: scores, -inf where closed."""
     d0 = tl.zeros(s0.shape, tl.float32)
     d1 = tl.zeros(s1.shape, tl.float32)
     dw = tl.zeros((rows.shape[0], BLOCK_S), tl.float32)
     for i in tl.static_range(len(SEGMENTS) // 2):
         e0, e1, total, largest = _powers(
-            s0,
-            s1,
-            open0,
-            open1,
-            T,
-            BLOCK_T0,
-            BLOCK_T1,
-            SEGMENTS[2 * i],
-            SEGMENTS[2 * i + 1],
-            MASKED,
-        )
+            open0, open1, 1.0, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]
+        )  # fmt: skip
         mean = tl.sum(e0 * g0, 1)
         if BLOCK_T1 > 0:
             mean += tl.sum(e1 * g1, 1)
@@ -576,26 +603,13 @@ def _per_token(
             # Closed ones as well, of this segment. S - lse is at most 0 where one is open.
             lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
             share = tl.where(total == 0.0, 0.0, _weight(weights, rows, i, N, WEIGHTS))
-            inside0 = tl.broadcast_to((tl.arange(0, BLOCK_T0) < T)[None, :], s0.shape)
+            both: tl.constexpr = BLOCK_T0 + BLOCK_T1
             e0 = tl.minimum(s0 - lse[:, None], CLAMP * LOG2E)
-            e0 = tl.exp2(
-                _within(e0, inside0, 0, BLOCK_T0, T, SEGMENTS[2 * i], SEGMENTS[2 * i + 1], False)
-            )
+            e0 = tl.exp2(_within(e0, 0, BLOCK_T0, both, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]))
             if BLOCK_T1 > 0:
-                t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
-                inside1 = tl.broadcast_to((t1 < T)[None, :], s1.shape)
                 e1 = tl.minimum(s1 - lse[:, None], CLAMP * LOG2E)
                 e1 = tl.exp2(
-                    _within(
-                        e1,
-                        inside1,
-                        BLOCK_T0,
-                        BLOCK_T1,
-                        T,
-                        SEGMENTS[2 * i],
-                        SEGMENTS[2 * i + 1],
-                        False,
-                    )
+                    _within(e1, BLOCK_T0, BLOCK_T1, both, SEGMENTS[2 * i], SEGMENTS[2 * i + 1])
                 )
         d0 += e0 * share[:, None] * (g0 - mean[:, None])
         if BLOCK_T1 > 0:
@@ -619,18 +633,18 @@ def _through_gate(
 
 @triton.jit
 def _scores_backward(
-    grad, q, k, v, words, pixels, tokens, phi, psi, gate_bias, bias, weights,
+    grad, q, k, v, marks, tokens, phi, psi, gate_bias, bias, weights,
     dphi, dpsi, dgate_bias, dbias, dweights,
     gb, gh, gn, qb, qh, qn, kb, kh, kt, vb, vh, vt,
-    mb, tb, fb, sb, bb, bh, bn, bt, wb, B, N, share, tiles, scale: tl.float32,
+    mb, tb, fb, sb, bb, bh, bn, bt, wb, B, N, share, tiles, longer, scale: tl.float32,
     T: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_S: tl.constexpr,
-    HEADS: tl.constexpr, SEGMENTS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
-    GATE: tl.constexpr, GATE_BIASED: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, NEED_BIAS: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    HEADS: tl.constexpr, SEGMENTS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
+    REGIONS: tl.constexpr, GATE: tl.constexpr, GATE_BIASED: tl.constexpr,
+    MULTIPLICATIVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTS: tl.constexpr,
+    NEED_BIAS: tl.constexpr, NEED_WEIGHTS: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradients to what is stated for all heads together: one program sums them over HEADS heads,
     for some tiles of rows."""
@@ -638,57 +652,52 @@ def _scores_backward(
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
-    words += b * mb
-    pixels += b * mb
+    marks += b * mb
     tokens += b * tb
     bias += b * bb
     weights += b * wb
-    t0 = tl.arange(0, BLOCK_T0)
-    regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
-    if BLOCK_T1 > 0:
-        t1 = BLOCK_T0 + tl.arange(0, BLOCK_T1)
-        regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
     if GATE:
         dpsi0 = tl.zeros((BLOCK_T0, BLOCK_R), tl.float32)
         if BLOCK_T1 > 0:
             dpsi1 = tl.zeros((BLOCK_T1, BLOCK_R), tl.float32)
         dshift = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, tl.cdiv(N, BLOCK_N))):
-        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        open0 = _open(words, pixels, regions0, rows, 0, BLOCK_T0, N, T, BITS, REGIONS, EVEN)
+    factor = scale * LOG2E
+    first = chunk * tiles + tl.minimum(chunk, longer)
+    for tile in range(first, first + tiles + tl.where(chunk < longer, 1, 0)):
+        start = tile * BLOCK_N
+        rows = start + tl.arange(0, BLOCK_N)
+        mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
         d0 = tl.zeros((BLOCK_N, BLOCK_T0), tl.float32)
         dw = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         if BLOCK_T1 > 0:
-            open1 = _open(
-                words, pixels, regions1, rows, BLOCK_T0, BLOCK_T1, N, T, BITS, REGIONS, EVEN
-            )
             d1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
-        else:
-            open1 = open0
         for i in range(HEADS):
             h = (group * HEADS + i).to(tl.int64)
-            query = _rows(_at(q, b, qb, h, qh, ALIGNED), rows, qn, N, D, BLOCK_D, EVEN)
-            back = _rows(_at(grad, b, gb, h, gh, ALIGNED), rows, gn, N, DV, BLOCK_DV, EVEN)
+            query = _rows(_at(q, b, qb, h, qh, ALIGNED), start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+            back = _rows(
+                _at(grad, b, gb, h, gh, ALIGNED), start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN
+            )
             keys = _at(k, b // share, kb, h, kh, ALIGNED)
             values = _at(v, b // share, vb, h, vh, ALIGNED)
             s0 = _scores(
-                query, _rows(keys, t0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0,
-                BLOCK_T0, N, T, scale, bn, bt, BIAS, PRECISION,
+                query, _rows(keys, 0, BLOCK_T0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0,
+                BLOCK_T0, N, T, factor, bn, bt, BIAS, PRECISION,
             )  # fmt: skip
-            value = _rows(values, t0, vt, T, DV, BLOCK_DV, False)
+            open0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
+            value = _rows(values, 0, BLOCK_T0, vt, T, DV, BLOCK_DV, False)
             g0 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
+            s1, open1, g1 = s0, open0, g0
             if BLOCK_T1 > 0:
                 s1 = _scores(
-                    query, _rows(keys, t1, kt, T, D, BLOCK_D, False), bias + h * bh, rows,
-                    BLOCK_T0, BLOCK_T1, N, T, scale, bn, bt, BIAS, PRECISION,
+                    query, _rows(keys, BLOCK_T0, BLOCK_T1, kt, T, D, BLOCK_D, False), bias + h * bh,
+                    rows, BLOCK_T0, BLOCK_T1, N, T, factor, bn, bt, BIAS, PRECISION,
                 )  # fmt: skip
-                value = _rows(values, t1, vt, T, DV, BLOCK_DV, False)
+                open1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+                value = _rows(values, BLOCK_T0, BLOCK_T1, vt, T, DV, BLOCK_DV, False)
                 g1 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
-            else:
-                s1, g1 = s0, g0
             more0, more1, morew = _per_token(
-                s0, s1, g0, g1, open0, open1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, BLOCK_S,
-                SEGMENTS, BITS or REGIONS, WEIGHTS, MULTIPLICATIVE,
+                s0, s1, open0, open1, g0, g1, weights, rows, N, T, BLOCK_T0, BLOCK_T1, BLOCK_S,
+                SEGMENTS, WEIGHTS, MULTIPLICATIVE,
             )  # fmt: skip
             d0 += more0
             if BLOCK_T1 > 0:
@@ -705,7 +714,7 @@ def _scores_backward(
             if BLOCK_T1 > 0:
                 _store_tokens(at, d1, rows, BLOCK_T0, BLOCK_T1, N, T)
         if GATE:
-            features = _rows(phi + b * fb, rows, R, N, R, BLOCK_R, EVEN)
+            features = _rows(phi + b * fb, start, BLOCK_N, R, N, R, BLOCK_R, EVEN)
             root: tl.constexpr = R**-0.5
             z = _gate_logits(
                 features, psi + b * sb, gate_bias, 0, BLOCK_T0, T, R, BLOCK_R, GATE_BIASED,
@@ -716,7 +725,7 @@ def _scores_backward(
             # In float16 what is bounded by CLAMP would run over; bfloat16 holds it.
             like = tl.bfloat16 if features.dtype == tl.bfloat16 else tl.float32
             wide = features.to(like)
-            token = _rows(psi + b * sb, t0, R, T, R, BLOCK_R, False).to(like)
+            token = _rows(psi + b * sb, 0, BLOCK_T0, R, T, R, BLOCK_R, False).to(like)
             dz = dz.to(like)
             found = tl.dot(dz, token, input_precision=WIDE)
             dpsi0 = tl.dot(tl.trans(dz), wide, dpsi0, input_precision=WIDE)
@@ -727,17 +736,17 @@ def _scores_backward(
                 )  # fmt: skip
                 dz = _through_gate(z, d1, T, BLOCK_T0, BLOCK_T1, MULTIPLICATIVE)
                 dshift += tl.sum(tl.where((rows < N)[:, None], dz, 0.0), 1)
-                token = _rows(psi + b * sb, t1, R, T, R, BLOCK_R, False).to(like)
+                token = _rows(psi + b * sb, BLOCK_T0, BLOCK_T1, R, T, R, BLOCK_R, False).to(like)
                 dz = dz.to(like)
                 found = tl.dot(dz, token, found, input_precision=WIDE)
                 dpsi1 = tl.dot(tl.trans(dz), wide, dpsi1, input_precision=WIDE)
-            _store(dphi + b * N * R, found * root, rows, R, N, R, EVEN)
+            _store(dphi + b * N * R, found * root, start, R, N, R, EVEN)
     if GATE:
         scaled: tl.constexpr = R**-0.5
         at = dpsi + (chunk.to(tl.int64) * B + b) * T * R
-        _store(at, dpsi0 * scaled, t0, R, T, R, False)
+        _store(at, dpsi0 * scaled, 0, R, T, R, False)
         if BLOCK_T1 > 0:
-            _store(at, dpsi1 * scaled, t1, R, T, R, False)
+            _store(at, dpsi1 * scaled, BLOCK_T0, R, T, R, False)
         tl.store(dgate_bias + chunk * B + b, tl.sum(dshift))
 
 
@@ -767,9 +776,9 @@ LEAST = (16, 8, 1, 1)  # beyond
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
 LOAD, SUMS = 1, 2  # what keys and values, and sums for dK and dV, take, in tiles of rows
-GATE_ROWS = 64
+GATE_ROWS, GATE_WARPS = 64, 8
+SUM_COLUMNS = 128
 SCORES_ROWS, SCORES_WARPS = 32, 8
-WARPS = 8
 
 
 def token_tiles(tokens: int) -> tuple[int, int]:
@@ -861,7 +870,9 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def _rowwise(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """Rows of numbers that lie side by side, a tile of them within 32 bits."""
+    fits = tensor.stride(-1) == 1 and tensor.stride(-2) < MOST_STRIDE
+    return tensor if fits else tensor.contiguous()
 
 
 def _batch_stride(tensor: Tensor | None) -> int:
@@ -907,20 +918,22 @@ def forward(
     )
     tile = forward_tile(q.dtype, count, max(d, width))
     added = None if bias is None else bias.expand(batch, heads, n, count)
-    chunks, tiles = _chunks(q, batch * heads, triton.cdiv(n, tile.n), tile.programs, LOAD)
+    chunks = _chunks(q, batch * heads, triton.cdiv(n, tile.n), tile.programs, LOAD)
     with _on(q):
         if phi is not None:
             _gates(gates, phi, psi, gate_bias, q.dtype, count)
             bits = gates
         _forward[(chunks, heads, batch)](
-            q, k, v, out, _or(bits, q), _or(pixels, q), _or(tokens, q), _or(added, q),
+            q, k, v, out, _marks_of(bits, pixels, q), _or(tokens, q), _or(added, q),
             _or(weights, q),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
-            *_strides(added), _batch_stride(weights), n, batch // len(k), tiles, scale,
+            *_strides(added), _batch_stride(weights), n, batch // len(k),
+            *divmod(triton.cdiv(n, tile.n), chunks), scale,
             T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-            SEGMENTS=tuple(segments),
+            SEGMENTS=tuple(segments), POSITIVE=scale > 0,
             **_common((q, k, v, out), tile, bits, pixels, bias, weights),
+            **_overlapping(q, "AFTER_GATE", phi is not None),
         )  # fmt: skip
     return out, gates
 
@@ -941,13 +954,36 @@ def _gates(
         gates, phi, psi, _or(gate_bias, phi), _batch_stride(phi), _batch_stride(psi), n, T=count,
         R=features, BLOCK_R=_block(features), BLOCK_N=GATE_ROWS, BLOCK_T0=token_tiles(count)[0],
         BLOCK_T1=token_tiles(count)[1], BIASED=gate_bias is not None, EVEN=n % GATE_ROWS == 0,
-        PRECISION=_precision(dtype), num_warps=WARPS,
+        PRECISION=_precision(dtype), EARLY=_launches_early(phi), num_warps=GATE_WARPS,
     )  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Something to point to, for what the kernel won't read."""
     return other if tensor is None else tensor
+
+
+def _marks_of(bits: Tensor | None, pixels: Tensor | None, other: Tensor) -> Tensor:
+    return _or(bits if pixels is None else pixels, other)
+
+
+def _overlapping(tensor: Tensor, name: str, wanted: bool) -> dict[str, bool]:
+    """Options of a kernel that begins while the one before it runs, once all of that one's programs
+    let it (EARLY), and itself waits for that one's end before it reads what that one wrote
+    (constant ``name``). Only for two launches in a row."""
+    wanted = wanted and _launches_early(tensor)
+    return {name: wanted, "launch_pdl": True} if wanted else {name: False}
+
+
+def _speaks_ptx(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not amd()
+
+
+def _launches_early(tensor: Tensor) -> bool:
+    """Whether the chip has programmatic dependent launch."""
+    if amd() or not tensor.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -980,6 +1016,7 @@ def _common(
         "BLOCK_N": tile.n,
         "BLOCK_T0": tile.t0,
         "BLOCK_T1": tile.t1,
+        "WORDS": _words(bits, pixels),
         "BITS": bits is not None,
         "REGIONS": pixels is not None,
         "BIAS": bias is not None,
@@ -987,9 +1024,14 @@ def _common(
         "EVEN": q.shape[2] % tile.n == 0,
         "ALIGNED": all(map(_aligned, heads)),
         "PRECISION": _precision(q.dtype),
+        "PTX": _speaks_ptx(q),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _words(bits: Tensor | None, pixels: Tensor | None) -> int:
+    return 1 if pixels is not None else 0 if bits is None else bits.shape[-1]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -1028,7 +1070,7 @@ def backward(
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
     sums = need_k or need_v
-    chunks, tiles = _chunks(q, batch * heads, every, tile.programs, SUMS if sums else LOAD)
+    chunks = _chunks(q, batch * heads, every, tile.programs, SUMS if sums else LOAD)
     parts_k = q.new_empty((chunks, batch, count, heads, d) if need_k else 0, dtype=torch.float32)
     parts_v = q.new_empty(
         (chunks, batch, count, heads, width) if need_v else 0, dtype=torch.float32
@@ -1039,15 +1081,16 @@ def backward(
     with _on(q):
         for want_q, want_k, want_v in wants:
             _backward[(chunks, heads, batch)](
-                grad, q, k, v, dq, parts_k, parts_v, _or(bits, q), _or(pixels, q), _or(tokens, q),
+                grad, q, k, v, dq, parts_k, parts_v, _marks_of(bits, pixels, q), _or(tokens, q),
                 _or(added, q), _or(weights, q),
                 *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *(dq.stride()[:3] if need_q else (0, 0, 0)),
                 _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
-                *_strides(added), _batch_stride(weights), batch, heads, n, share, tiles, scale,
+                *_strides(added), _batch_stride(weights), batch, heads, n, share,
+                *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-                SEGMENTS=tuple(segments), TRANSPOSED=tile.transposed, NEED_Q=want_q,
-                NEED_K=want_k, NEED_V=want_v,
+                SEGMENTS=tuple(segments), POSITIVE=scale > 0, TRANSPOSED=tile.transposed,
+                NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v, EARLY=_launches_early(q),
                 **_common(
                     (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
                 ),
@@ -1056,17 +1099,17 @@ def backward(
     return dq, dk, dv
 
 
-def _chunks(q: Tensor, each: int, most: int, programs: int, extra: int) -> tuple[int, int]:
-    """Into how many programs to part the ``most`` tiles of each of ``each`` heads, and the tiles of
-    one. Where a multiprocessor holds so many programs, and what a program does besides takes as
-    long as ``extra`` tiles, all of them take the least time so."""
+def _chunks(q: Tensor, each: int, most: int, programs: int, extra: int) -> int:
+    """Into how many programs to part the ``most`` tiles of each of ``each`` heads, so that all take
+    the least time: a multiprocessor holds ``programs``, and what one does besides takes as long as
+    ``extra`` tiles."""
+    slots = programs * _multiprocessors(q)
 
-    def time(tiles: int) -> int:
-        waves = triton.cdiv(each * triton.cdiv(most, tiles), programs * _multiprocessors(q))
-        return waves * (tiles + extra)
+    def time(chunks: int) -> float:
+        return triton.cdiv(each * chunks, slots) * (most / chunks + extra)
 
-    tiles = min(range(1, most + 1), key=time)
-    return triton.cdiv(most, tiles), tiles
+    full = (waves * slots // each for waves in range(1, 9))
+    return min({max(1, min(most, chunks)) for chunks in (*full, most)}, key=time)
 
 
 def _add(parts_k: Tensor, parts_v: Tensor, dk: Tensor, dv: Tensor, groups: int, share: int) -> None:
@@ -1075,11 +1118,10 @@ def _add(parts_k: Tensor, parts_v: Tensor, dk: Tensor, dv: Tensor, groups: int, 
     needed = [pair for pair in ((parts_k, dk), (parts_v, dv)) if pair[1].numel()]
     if needed:
         (first, one), (second, other) = needed[0], needed[-1]
-        block = 256
-        grid = triton.cdiv(max(one.numel(), other.numel()), block), len(needed)
-        _sum[grid](
-            first, second, one, other, one.numel(), other.numel(), groups, len(first), share,
-            BLOCK=block, BLOCK_C=16,
+        sizes = one.numel() // groups, other.numel() // groups
+        _sum[(triton.cdiv(max(sizes), SUM_COLUMNS), groups, len(needed))](
+            first, second, one, other, *sizes, len(first), share,
+            BLOCK=SUM_COLUMNS, BLOCK_C=16, **_overlapping(dk, "AFTER_PARTS", True),
         )  # fmt: skip
 
 
@@ -1118,7 +1160,7 @@ def scores_backward(
     features = phi.shape[-1] if need_gate and phi is not None else 1
     pieces = len(segments) // 2
     every = max(1, triton.cdiv(n, tile.n))
-    chunks, tiles = _chunks(q, max(1, batch * groups), every, 2, SUMS)
+    chunks = _chunks(q, max(1, batch * groups), every, 2, SUMS)
 
     def empty(needed: bool, *shape: int, dtype: Any = torch.float32) -> Tensor:
         made = q.new_empty(shape if needed else 0, dtype=dtype)
@@ -1132,13 +1174,13 @@ def scores_backward(
     if grad.numel():
         with _on(q):
             _scores_backward[(chunks, groups, batch)](
-                grad, q, k, v, _or(bits, q), _or(pixels, q), _or(tokens, q), _or(phi, q),
+                grad, q, k, v, _marks_of(bits, pixels, q), _or(tokens, q), _or(phi, q),
                 _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
                 dphi, dpsi, dshift, dbias, dweights,
                 *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
                 _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
-                batch, n, batch // len(k), tiles, scale,
+                batch, n, batch // len(k), *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
                 BLOCK_R=_block(features), BLOCK_S=triton.next_power_of_2(pieces),
                 HEADS=heads // groups, SEGMENTS=tuple(segments), GATE=need_gate,
