@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +110,11 @@ def run_sliced_wasserstein(
 
 
 def attention_cases(chip: str) -> Iterator[tuple[Any, ...]]:
-    """dtype, width, tokens and mask: the tuned ones with every mask, and variations."""
+    """dtype, width, tokens, mask and segments: the tuned ones with every mask, and variations."""
     for mask in ("", "bits", "regions", "gate", "bias"):
         yield torch.bfloat16, 64, 77, mask
+    yield torch.bfloat16, 64, 77, "gate", [0, 70, 70, 75, 10, 20]
+    yield torch.bfloat16, 40, 77, "regions"
     yield torch.bfloat16, 40, 77, "bits"
     yield torch.bfloat16, 80, 77, "bits"
     yield torch.float16, 64, 77, "bits"
@@ -123,7 +125,9 @@ def attention_cases(chip: str) -> Iterator[tuple[Any, ...]]:
         yield torch.bfloat16, 64, 231, "bits"
 
 
-def run_attention(dtype: torch.dtype, d: int, tokens: int, mask: str) -> None:
+def run_attention(
+    dtype: torch.dtype, d: int, tokens: int, mask: str, segments: Sequence[int] = ()
+) -> None:
     batch, heads, n = 2, 10, 4096
     q = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
     k, v = (torch.empty(batch, tokens, heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
@@ -135,7 +139,7 @@ def run_attention(dtype: torch.dtype, d: int, tokens: int, mask: str) -> None:
     regions = sets if mask == "regions" else [None, None]
     gate = [*features, shift] if mask == "gate" else [None, None, None]
     bias = torch.empty(1, 1, n, tokens, dtype=dtype) if mask == "bias" else None
-    scaled = 0.125, [0, tokens]
+    scaled = 0.125, list(segments) or [0, tokens]
     kernels = masked_cross_attention
     kernels.forward(q, k, v, bits, *regions, *gate, bias, None, *scaled)
     if mask == "gate":
@@ -164,22 +168,16 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         mock.patch.object(masked_cross_attention, "_multiprocessors", lambda tensor: 132),
         mock.patch.object(masked_cross_attention, "_shared_memory", lambda tensor: limit),
         mock.patch.object(
-            masked_cross_attention, "_wide_products", lambda tensor: target.arch in (90, 100)
+            masked_cross_attention,
+            "_generation",
+            lambda tensor: target.arch // 10 if target.backend == "cuda" else 0,
         ),
         mock.patch.object(masked_cross_attention, "amd", lambda: target.backend == "hip"),
-        mock.patch.object(
-            masked_cross_attention, "_speaks_ptx", lambda tensor: target.backend == "cuda"
-        ),
-        mock.patch.object(
-            masked_cross_attention,
-            "_launches_early",
-            lambda tensor: target.backend == "cuda" and target.arch >= 90,
-        ),
     ):
-        for dtype, d, tokens, mask in attention_cases(chip):
+        for dtype, d, tokens, *others in attention_cases(chip):
             q = torch.empty(1, 1, 1, d, dtype=dtype)
             if masked_cross_attention.refuses(q, tokens, d) is None:
-                run_attention(dtype, d, tokens, mask)
+                run_attention(dtype, d, tokens, *others)
         for case in cases():
             run_sliced_wasserstein(*case)
     return list(found)

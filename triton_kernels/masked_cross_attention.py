@@ -101,13 +101,28 @@ def _marks(
 
 
 @triton.jit
+def _regions_of(
+    tokens, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr, REGIONS: tl.constexpr
+):
+    """The sets of regions of the tokens from ``first`` on; zeros where masks are others."""
+    t = first + tl.arange(0, BLOCK_T)
+    if REGIONS:
+        if first + BLOCK_T > T:
+            return tl.load(tokens + t, mask=t < T, other=0)
+        else:
+            return tl.load(tokens + t)
+    else:
+        return tl.zeros((BLOCK_T,), tl.int32)
+
+
+@triton.jit
 def _where_common(s, one, other, PTX: tl.constexpr):
     """``s`` where two sets of bits have one in common, else -inf.
 
     PTX, for LLVM packs these comparisons into words and spreads them out again: five instructions a
     score in place of two.
     """
-    if PTX:
+    if PTX and one.dtype.primitive_bitwidth == 32:
         one, other = tl.broadcast_to(one, s.shape), tl.broadcast_to(other, s.shape)
         return tl.inline_asm_elementwise(
             """{
@@ -129,14 +144,12 @@ def _where_common(s, one, other, PTX: tl.constexpr):
 
 @triton.jit
 def _masked(
-    s, marks, tokens, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
+    s, marks, regions, first: tl.constexpr, BLOCK_T: tl.constexpr, T: tl.constexpr,
     BITS: tl.constexpr, REGIONS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Scores [rows, BLOCK_T], -inf for the tokens that a row may not attend to, or beyond T."""
     t = first + tl.arange(0, BLOCK_T)
     if REGIONS:
-        # Read anew for each tile, from the nearest cache: there are no registers to keep them in.
-        regions = tl.load(tokens + t, mask=t < T, other=0)
         return _where_common(s, marks[0][:, None], regions[None, :], PTX)
     elif BITS:
         low: tl.constexpr = first // WORD
@@ -364,14 +377,15 @@ def _forward(
         following_marks = _marks(marks, rows + BLOCK_N, end, T, WORDS, BITS, False)
         s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, before, bn, bt, BIAS, PRECISION)
         s1 = s0
+        # Read anew for each tile, from the nearest cache: there are no registers to keep them in.
+        regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
         if BLOCK_T1 > 0:
             s1 = _scores(
                 query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, before, bn, bt, BIAS, PRECISION
             )
-        # After the products: what is open has no room in registers beside them.
-        s0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
-        if BLOCK_T1 > 0:
-            s1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+            regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
+            s1 = _masked(s1, mark, regions1, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+        s0 = _masked(s0, mark, regions0, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
         if len(SEGMENTS) == 2:
             # What one softmax is divided by, its output may be as well, later.
             p0, p1, total, _ = _powers(
@@ -464,9 +478,10 @@ def _backward(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
     SEGMENTS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, EVEN: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr, AHEAD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: some tiles of rows of one head. dk and dv [chunk, B, T, H, ...] are what its
     tiles contribute, to be added up."""
@@ -489,23 +504,35 @@ def _backward(
         value1 = _rows(values, BLOCK_T0, BLOCK_T1, vt, T, DV, BLOCK_DV, False)
         dk1 = _no_sum(BLOCK_T1, BLOCK_D, TRANSPOSED)
         dv1 = _no_sum(BLOCK_T1, BLOCK_DV, TRANSPOSED)
+    query_at = _at(q, b, qb, h, qh, ALIGNED)
+    back_at = _at(grad, b, gb, h, gh, ALIGNED)
     first = chunk * tiles + tl.minimum(chunk, longer)
-    for tile in range(first, first + tiles + tl.where(chunk < longer, 1, 0)):
-        start = tile * BLOCK_N
-        rows = start + tl.arange(0, BLOCK_N)
-        mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
-        query = _rows(_at(q, b, qb, h, qh, ALIGNED), start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
-        back = _rows(_at(grad, b, gb, h, gh, ALIGNED), start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
+    last = first + tiles + tl.where(chunk < longer, 1, 0)
+    end = tl.minimum(N, last * BLOCK_N)
+    start = first * BLOCK_N
+    rows = start + tl.arange(0, BLOCK_N)
+    if AHEAD:
+        following = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+        following_back = _rows(back_at, start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
+        following_marks = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
+    for _tile in range(first, last):
+        if AHEAD:
+            query, back, mark = following, following_back, following_marks
+        else:
+            query = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+            back = _rows(back_at, start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
+            mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
         s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, before, bn, bt, BIAS, PRECISION)
         s1 = s0
+        # Read anew for each tile, from the nearest cache: there are no registers to keep them in.
+        regions0 = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
         if BLOCK_T1 > 0:
             s1 = _scores(
                 query, key1, bias, rows, BLOCK_T0, BLOCK_T1, N, T, before, bn, bt, BIAS, PRECISION
             )
-        # After the products: what is open has no room in registers beside them.
-        s0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
-        if BLOCK_T1 > 0:
-            s1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+            regions1 = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
+            s1 = _masked(s1, mark, regions1, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+        s0 = _masked(s0, mark, regions0, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
         p0, p1 = _softmax(
             s0, s1, after, weights, rows, N, T, BLOCK_T0, BLOCK_T1, SEGMENTS, WEIGHTS
         )  # fmt: skip
@@ -526,6 +553,13 @@ def _backward(
             if BLOCK_T1 > 0:
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
             _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, start, dn, N, D, EVEN)
+        start += BLOCK_N
+        rows += BLOCK_N
+        if AHEAD:
+            # The next tile's are read beside the sums, when there are registers for them.
+            following = _rows(query_at, start, BLOCK_N, qn, end, D, BLOCK_D, False)
+            following_back = _rows(back_at, start, BLOCK_N, gn, end, DV, BLOCK_DV, False)
+            following_marks = _marks(marks, rows, end, T, WORDS, BITS, False)
         # All sums at the end, when probabilities and gradients both are in shared memory: where
         # one took another's place there, ptxas 12.8 (Triton 3.6) made code that reads registers
         # before they are set. That of CUDA 13.0 does not.
@@ -589,6 +623,7 @@ def _per_token(
     d0 = tl.zeros(s0.shape, tl.float32)
     d1 = tl.zeros(s1.shape, tl.float32)
     dw = tl.zeros((rows.shape[0], BLOCK_S), tl.float32)
+    both: tl.constexpr = BLOCK_T0 + BLOCK_T1
     for i in tl.static_range(len(SEGMENTS) // 2):
         e0, e1, total, largest = _powers(
             open0, open1, 1.0, T, BLOCK_T0, BLOCK_T1, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]
@@ -603,7 +638,6 @@ def _per_token(
             # Closed ones as well, of this segment. S - lse is at most 0 where one is open.
             lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
             share = tl.where(total == 0.0, 0.0, _weight(weights, rows, i, N, WEIGHTS))
-            both: tl.constexpr = BLOCK_T0 + BLOCK_T1
             e0 = tl.minimum(s0 - lse[:, None], CLAMP * LOG2E)
             e0 = tl.exp2(_within(e0, 0, BLOCK_T0, both, SEGMENTS[2 * i], SEGMENTS[2 * i + 1]))
             if BLOCK_T1 > 0:
@@ -683,7 +717,8 @@ def _scores_backward(
                 query, _rows(keys, 0, BLOCK_T0, kt, T, D, BLOCK_D, False), bias + h * bh, rows, 0,
                 BLOCK_T0, N, T, factor, bn, bt, BIAS, PRECISION,
             )  # fmt: skip
-            open0 = _masked(s0, mark, tokens, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
+            regions = _regions_of(tokens, 0, BLOCK_T0, T, REGIONS)
+            open0 = _masked(s0, mark, regions, 0, BLOCK_T0, T, BITS, REGIONS, PTX)
             value = _rows(values, 0, BLOCK_T0, vt, T, DV, BLOCK_DV, False)
             g0 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
             s1, open1, g1 = s0, open0, g0
@@ -692,7 +727,8 @@ def _scores_backward(
                     query, _rows(keys, BLOCK_T0, BLOCK_T1, kt, T, D, BLOCK_D, False), bias + h * bh,
                     rows, BLOCK_T0, BLOCK_T1, N, T, factor, bn, bt, BIAS, PRECISION,
                 )  # fmt: skip
-                open1 = _masked(s1, mark, tokens, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
+                others = _regions_of(tokens, BLOCK_T0, BLOCK_T1, T, REGIONS)
+                open1 = _masked(s1, mark, others, BLOCK_T0, BLOCK_T1, T, BITS, REGIONS, PTX)
                 value = _rows(values, BLOCK_T0, BLOCK_T1, vt, T, DV, BLOCK_DV, False)
                 g1 = tl.dot(back, tl.trans(value), input_precision=PRECISION)
             more0, more1, morew = _per_token(
@@ -764,7 +800,7 @@ class Tile:
     warps: int
     stages: int  # tiles of rows that are on their way to it
     programs: int  # that a multiprocessor holds
-    transposed: bool = False  # how a backward's sums are held
+    wide: bool = False  # a backward's: sums for the text transposed, and the next rows read ahead
 
 
 # Numbers of a tile of keys, up to which a tile of rows fits beside it in registers, and that tile:
@@ -776,7 +812,8 @@ LEAST = (16, 8, 1, 1)  # beyond
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
 LOAD, SUMS = 1, 2  # what keys and values, and sums for dK and dV, take, in tiles of rows
-GATE_ROWS, GATE_WARPS = 64, 8
+GATE_ROWS, GATE_WARPS = 64, 4
+REGISTERS = 65536  # of a multiprocessor
 SUM_COLUMNS = 128
 SCORES_ROWS, SCORES_WARPS = 32, 8
 
@@ -800,11 +837,16 @@ def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     return _tile(FORWARD, dtype, tokens, width)
 
 
-def backward_tile(q: Tensor, tokens: int, width: int, added: bool = False) -> Tile:
-    """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room."""
-    wide = q.dtype != torch.float32 and not added and _wide_products(q)
+def backward_tile(
+    q: Tensor, tokens: int, width: int, added: bool = False, single: bool = True
+) -> Tile:
+    """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room;
+    ``single``: with one segment, for more of which there is less room."""
+    wide = q.dtype != torch.float32 and single and not added and _generation(q) in (9, 10)
     fits = WIDE_BACKWARD if wide else BACKWARD
     tile = _tile(fits, q.dtype, tokens, width * (2 if added else 1))
+    if not single:
+        tile = replace(tile, n=min(tile.n, 32))
     # Of AMD's wider warps, four hold what eight do here, and eight spill.
     return replace(tile, warps=4) if amd() else tile
 
@@ -821,11 +863,11 @@ def amd() -> bool:
     return torch.version.hip is not None
 
 
-def _wide_products(tensor: Tensor) -> bool:
-    """Whether tensor cores take operands of 64 rows from shared memory (wgmma, tcgen05)."""
+def _generation(tensor: Tensor) -> int:
+    """Of NVIDIA's chips: 9 is Hopper, 10 Blackwell; 0 of others, and in the interpreter."""
     if amd() or not tensor.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
+        return 0
+    return torch.cuda.get_device_capability(tensor.device)[0]
 
 
 def refuses(q: Tensor, tokens: int, width: int) -> str | None:
@@ -934,6 +976,7 @@ def forward(
             SEGMENTS=tuple(segments), POSITIVE=scale > 0,
             **_common((q, k, v, out), tile, bits, pixels, bias, weights),
             **_overlapping(q, "AFTER_GATE", phi is not None),
+            **_registers(q, tile, pixels, bias is None and len(segments) == 2),
         )  # fmt: skip
     return out, gates
 
@@ -954,7 +997,7 @@ def _gates(
         gates, phi, psi, _or(gate_bias, phi), _batch_stride(phi), _batch_stride(psi), n, T=count,
         R=features, BLOCK_R=_block(features), BLOCK_N=GATE_ROWS, BLOCK_T0=token_tiles(count)[0],
         BLOCK_T1=token_tiles(count)[1], BIASED=gate_bias is not None, EVEN=n % GATE_ROWS == 0,
-        PRECISION=_precision(dtype), EARLY=_launches_early(phi), num_warps=GATE_WARPS,
+        PRECISION=_precision(dtype), EARLY=_overlaps(phi), num_warps=GATE_WARPS,
     )  # fmt: skip
 
 
@@ -971,19 +1014,23 @@ def _overlapping(tensor: Tensor, name: str, wanted: bool) -> dict[str, bool]:
     """Options of a kernel that begins while the one before it runs, once all of that one's programs
     let it (EARLY), and itself waits for that one's end before it reads what that one wrote
     (constant ``name``). Only for two launches in a row."""
-    wanted = wanted and _launches_early(tensor)
+    wanted = wanted and _overlaps(tensor)
     return {name: wanted, "launch_pdl": True} if wanted else {name: False}
 
 
-def _speaks_ptx(tensor: Tensor) -> bool:
-    return tensor.is_cuda and not amd()
-
-
-def _launches_early(tensor: Tensor) -> bool:
+def _overlaps(tensor: Tensor) -> bool:
     """Whether the chip has programmatic dependent launch."""
-    if amd() or not tensor.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return _generation(tensor) >= 9
+
+
+def _registers(q: Tensor, tile: Tile, pixels: Tensor | None, wanted: bool) -> dict[str, int]:
+    """The option by which a program takes so few that a multiprocessor does hold ``programs``, on
+    the chip for which it was seen that none spill then."""
+    narrow = pixels is None or pixels.element_size() <= 4
+    if not wanted or not narrow or _generation(q) != 9:
+        return {}
+    each = REGISTERS // (32 * tile.warps * tile.programs)
+    return {"maxnreg": min(255, each // 8 * 8)}
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -1024,7 +1071,7 @@ def _common(
         "EVEN": q.shape[2] % tile.n == 0,
         "ALIGNED": all(map(_aligned, heads)),
         "PRECISION": _precision(q.dtype),
-        "PTX": _speaks_ptx(q),
+        "PTX": _generation(q) > 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -1066,7 +1113,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
     bits, pixels, tokens, weights = map(_contiguous, (bits, pixels, tokens, weights))
-    tile = backward_tile(q, count, max(d, width), bias is not None)
+    tile = backward_tile(q, count, max(d, width), bias is not None, len(segments) == 2)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
     sums = need_k or need_v
@@ -1089,8 +1136,9 @@ def backward(
                 *_strides(added), _batch_stride(weights), batch, heads, n, share,
                 *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-                SEGMENTS=tuple(segments), POSITIVE=scale > 0, TRANSPOSED=tile.transposed,
-                NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v, EARLY=_launches_early(q),
+                SEGMENTS=tuple(segments), POSITIVE=scale > 0, AHEAD=tile.wide,
+                TRANSPOSED=tile.wide, NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
+                EARLY=_overlaps(q),
                 **_common(
                     (q, k, v, grad, *([dq] if need_q else [])), tile, bits, pixels, bias, weights
                 ),

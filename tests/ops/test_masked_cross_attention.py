@@ -196,6 +196,30 @@ def test_segments(platform: Platform, dtype: torch.dtype, weighted: bool, kind: 
     compare(platform, points, some_mask(kind, 2, 2, 37, 77), dtype, **options)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("kind", ["none", "bits", "bias"])
+@pytest.mark.parametrize("platform", ALL)
+def test_scales_that_are_not_positive(platform: Platform, kind: str, scale: float) -> None:
+    points = some_points(1, 2, 33, 20, 16, 16)
+    compare(platform, points, some_mask(kind, 1, 2, 33, 20), torch.float32, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+@pytest.mark.parametrize("platform", ALL)
+def test_regions_of_any_integers(platform: Platform, dtype: torch.dtype) -> None:
+    most = 40 if dtype == torch.int64 else 7
+    pixels, tokens = (torch.randint(0, 1 << most, (1, rows)).to(dtype) for rows in (33, 20))
+    mask = RegionMask(pixels, tokens & (1 << (most - 1) | 3))
+    compare(platform, some_points(1, 2, 33, 20, 16, 16), mask, torch.float32)
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_bits_beyond_the_tokens_count_for_nothing(platform: Platform) -> None:
+    mask = some_mask("bits", 1, 2, 33, 20)
+    mask = TokenBits(mask.words | -(1 << 20))
+    compare(platform, some_points(1, 2, 33, 20, 16, 16), mask, torch.float32)
+
+
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("platform", ALL)
 def test_text_that_pictures_share(platform: Platform, shared: int) -> None:
@@ -498,9 +522,9 @@ def test_nothing_waits_and_graphs_replay(kind: str) -> None:
         else:
             here = inputs[3] if kind == "bias" else mask
         out = masked_cross_attention(*inputs[:3], here)
-        return [out, *torch.autograd.grad(out, inputs, grad)]
+        # Without its history, which would keep gradients on the stream of this call.
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
-    # What is captured must not depend on PyTorch's default stream, on which gradients would wait.
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with sdcore.backend("triton"), torch.cuda.stream(stream):
