@@ -167,6 +167,33 @@ def draw_regions(
     return figure
 
 
+def draw_gates(grids: dict[str, Tensor], labels: Sequence[str]) -> Figure:
+    """A row for each layer, its gates for each word, [words, h, w] in [0, 1], side by side."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(2.6 + 1.1 * len(labels), 0.5 + 1.15 * len(grids)),
+        dpi=110,
+        facecolor="white",
+        layout="constrained",
+    )
+    colors = ListedColormap(["#e6e6e6", LINES[0]])
+    panels = figure.subplots(len(grids), len(labels), squeeze=False)
+    for line, (name, grid) in zip(panels, grids.items(), strict=True):
+        for axes, gates in zip(line, grid, strict=True):
+            axes.imshow(gates.numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color(FAINT)
+        short = name.replace(".transformer_blocks", "").removesuffix(".attn2")
+        label = short.replace(".attentions", "\n")
+        line[0].set_ylabel(label, color=INK, fontsize=8, rotation=0, ha="right")
+    for axes, label in zip(panels[0], labels, strict=True):
+        # A word may hold dollars, which matplotlib would take for a formula.
+        axes.set_title(label, color=INK, fontsize=10, parse_math=False)
+    return figure
+
+
 def _box(box: tuple[float, ...], width: int, height: int, color: str) -> Any:
     from matplotlib.patches import Rectangle
 

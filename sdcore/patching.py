@@ -59,6 +59,9 @@ class Method:
     needs_gradients = False
     #: Whether a pipeline may have several of this class.
     repeatable = False
+    #: What only one of a pipeline's methods can do, such as "masks the cross-attention"; two that
+    #: claim the same are refused.
+    claims: str | None = None
 
     def check(self, pipe: Any) -> None:
         """When it is put on: raises if it can't work with this pipeline."""
@@ -351,7 +354,8 @@ def patch(pipe: Any, *methods: Method) -> Handle:
 
     Raises:
         TypeError: the pipeline lacks something, or something is no method; it says which.
-        ValueError: no methods, or one of a class that is on this pipeline already.
+        ValueError: no methods; one of a class that is on this pipeline already; or two that claim
+            the same, such as to mask the cross-attention.
         Whatever a method's ``check`` raises. The pipeline is then as it was.
     """
     if not methods:
@@ -417,6 +421,12 @@ def _check_new(methods: tuple[Method, ...], present: tuple[Method, ...]) -> None
             raise ValueError(f"this {name} is on this pipeline already")
         if not method.repeatable and any(type(one) is type(method) for one in there):
             raise ValueError(f"a {name} is on this pipeline already; remove it first")
+        for one in there:
+            if method.claims is not None and one.claims == method.claims:
+                raise ValueError(
+                    f"a {type(one).__name__} is on this pipeline, which {one.claims} as {name} "
+                    "does; only one of them can"
+                )
 
 
 def _check_pipeline(pipe: Any) -> None:

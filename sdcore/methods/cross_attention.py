@@ -22,6 +22,9 @@ from sdcore.ops import masked_cross_attention
 # Processors of Diffusers that compute nothing but attention, each in its own way.
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 
+# Of which a pipeline can have one.
+CLAIM = "masks the cross-attention"
+
 
 @dataclass(frozen=True)
 class Layer:

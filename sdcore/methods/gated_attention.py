@@ -132,6 +132,8 @@ class GatedAttention(nn.Module, Method):
     0, where half of the gates are closed.
     """
 
+    claims = cross_attention.CLAIM
+
     def __init__(
         self,
         layers: Mapping[str, int],
@@ -436,7 +438,7 @@ class GatedAttention(nn.Module, Method):
             gates = seen.open[name][row][:, list(labels)].cpu()
             side = cross_attention.side_of(len(gates), *seen.size)
             grids[name] = gates.mT.unflatten(-1, side)
-        _drawn(grids, list(labels.values())).savefig(path)
+        figures.draw_gates(grids, list(labels.values())).savefig(path)
 
     def _watched(self) -> _Seen:
         if self._seen is None or not self._seen.shares:
@@ -659,30 +661,3 @@ def _labels(words: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
         raise TypeError("words must be a list of tokens, or positions with labels; got a string")
     found = words if isinstance(words, Mapping) else dict(enumerate(words, 1))
     return {at: label.removesuffix("</w>") for at, label in found.items()}
-
-
-def _drawn(grids: dict[str, Tensor], labels: list[str]) -> Any:
-    """A row for each layer, its grids [words, h, w] side by side."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(2.6 + 1.1 * len(labels), 0.5 + 1.15 * len(grids)),
-        dpi=110,
-        facecolor="white",
-        layout="constrained",
-    )
-    colors = ListedColormap(["#e6e6e6", figures.LINES[0]])
-    panels = figure.subplots(len(grids), len(labels), squeeze=False)
-    for line, (name, grid) in zip(panels, grids.items(), strict=True):
-        for axes, gates in zip(line, grid, strict=True):
-            axes.imshow(gates.numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_color(figures.FAINT)
-        short = name.replace(".transformer_blocks", "").removesuffix(".attn2")
-        label = short.replace(".attentions", "\n")
-        line[0].set_ylabel(label, color=figures.INK, fontsize=8, rotation=0, ha="right")
-    for axes, label in zip(panels[0], labels, strict=True):
-        # A word may hold dollars, which matplotlib would take for a formula.
-        axes.set_title(label, color=figures.INK, fontsize=10, parse_math=False)
-    return figure

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from sdcore.masks import RegionMask
-from sdcore.methods.cross_attention import Layer, Wanted, check_processor, layers, masked, side_of
+from sdcore.methods.cross_attention import (
+    CLAIM,
+    Layer,
+    Wanted,
+    check_processor,
+    layers,
+    masked,
+    side_of,
+)
 from sdcore.patching import Call, Method, Run
 
 if TYPE_CHECKING:
@@ -142,6 +150,8 @@ class RegionAttention(Method):
 
     Related: Attention Couple and Regional Prompter, which give each region a prompt of its own.
     """
+
+    claims = CLAIM
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ import sdcore
 from sdcore.embedded import models
 from sdcore.methods import cross_attention
 from sdcore.methods.gated_attention import FILE, GatedAttention
+from sdcore.methods.region_attention import Region, RegionAttention
 from tests import pipelines
 
 KIND = "text-to-image"
@@ -794,6 +795,21 @@ def test_other_processors_are_refused(tokens: Any, family: str) -> None:
     pipe.fuse_qkv_projections()
     with pytest.raises(TypeError, match="fused projections"):
         sdcore.patch(pipe, gates)
+
+
+def test_one_method_masks_a_pipeline(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", KIND, tokens)
+    gates = GatedAttention.for_unet(pipe.unet)
+    region = RegionAttention(Region((1,), box=(0, 0, 0.5, 1)))
+    with sdcore.patch(pipe, gates):
+        with pytest.raises(ValueError, match="GatedAttention is on this pipeline, which masks the"):
+            sdcore.patch(pipe, region)
+        pipelines.images(pipe, KIND)
+    original = type(pipe)
+    with pytest.raises(ValueError, match="only one of them can"):
+        sdcore.patch(pipe, region, gates)
+    assert type(pipe) is original
+    sdcore.patch(pipe, region).remove()
 
 
 def test_nothing_holds_a_pipeline(tokens: Any) -> None:
