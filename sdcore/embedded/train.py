@@ -6,7 +6,8 @@ MODEL, in an order in which each has what it needs: ``autoencoder``, ``v1``, ``v
 ``v1-edge``, ``xl-autoencoder``, ``xl``. Minutes each on one GPU; on several, each takes its part of
 a batch. A run that was cut off goes on from its last checkpoint. Pictures are made at the start and
 stay in the GPU's memory. What comes out lies in ``--out``, in half precision; losses, and what they
-took, in ``--runs``.
+took, in ``--runs``. With ``--minutes`` a run takes as many steps as end by then, pictures and
+compilation included.
 """
 
 from __future__ import annotations
@@ -330,6 +331,30 @@ def _own_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
+class Pace:
+    """How many steps end by a time (of :func:`time.monotonic`), by how fast they were."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.marks: list[tuple[float, int]] = []
+
+    def steps(self, done: int, planned: int, now: float) -> int:
+        """Of the whole run, when ``done`` of them are. Once three tenths of the time are over it
+        stays ``planned``, by which the rate falls, unless that would take too long."""
+        self.marks.append((now, done))
+        if len(self.marks) < 3:  # the first hundreds compile
+            return planned
+        begun = self.marks[1][0]
+        since, before = self.marks[max(1, len(self.marks) - 16)]
+        if now <= since or self.until <= begun:
+            return done + 1
+        each = (now - since) / (done - before)
+        late = now + (planned - done) * each > self.until + 0.02 * (self.until - begun)
+        if now - begun > 0.3 * (self.until - begun) and not late:
+            return planned
+        return max(done + 1, done + int((self.until - now) / each))
+
+
 def fit(
     loss: nn.Module,
     batch_of: Callable[[torch.Generator, int], tuple[Tensor, ...]],
@@ -337,11 +362,12 @@ def fit(
     accelerator: Accelerator,
     run: Path,
     seed: int,
+    until: float | None = None,
 ) -> None:
     """Trains ``loss``, and leaves in it the average of its weights.
 
     ``batch_of`` draws a batch of this size. What is drawn depends on seed and step alone, so that a
-    run that goes on does what it would have done.
+    run that goes on does what it would have done; but not if its steps are to end by ``until``.
     """
     device = accelerator.device
     loss.to(device, memory_format=torch.channels_last)
@@ -358,30 +384,39 @@ def fit(
         size = max(1, plan.batch // accelerator.num_processes)
         saved = started = time.monotonic()
         total, rows = torch.zeros((), device=device), 0
+        pace = None if until is None else Pace(until)
+        step, steps = first, plan.steps
         bar = tqdm(
-            range(first, plan.steps), "steps", plan.steps, initial=first,
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
-        for step in bar:
+            desc="steps", total=steps, initial=first, disable=not accelerator.is_main_process
+        )
+        while step < steps:
             drawn = (seed * 100 + accelerator.process_index) * 10**7 + step
             generator.manual_seed(drawn)
             batch = batch_of(generator, size)
             torch.manual_seed(drawn)
             for group in optimizer.param_groups:
-                group["lr"].fill_(plan.rate * _schedule(step, plan.steps))
+                group["lr"].fill_(plan.rate * _schedule(step, steps))
             average.advance()
             total, rows = total + step_of(batch), rows + 1
-            last = step + 1 == plan.steps
-            if last or (step + 1) % 100 == 0:
+            step += 1
+            bar.update()
+            last = step == steps
+            if last or step % 100 == 0:
                 mean = (accelerator.reduce(total, "mean") / rows).item()
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if accelerator.is_main_process:
-                    _log(run / "metrics.csv", step + 1, mean, time.monotonic() - started)
+                    _log(run / "metrics.csv", step, mean, time.monotonic() - started)
                 total, rows = torch.zeros_like(total), 0
+                if pace is not None and not last:
+                    found = torch.tensor(pace.steps(step, steps, time.monotonic()), device=device)
+                    # One number for all processes, each of which has its own clock.
+                    bar.total = steps = int(accelerator.reduce(found.double(), "mean").item())
+                    last = step == steps
             due = last or time.monotonic() - saved > CHECKPOINT_SECONDS
             if accelerator.is_main_process and due:
-                save_checkpoint(run, step + 1, loss, optimizer, average)
+                save_checkpoint(run, step, loss, optimizer, average)
                 saved = time.monotonic()
+        bar.close()
     average.copy_to(loss)
     loss.to(memory_format=torch.contiguous_format)  # as files hold it
 
@@ -470,13 +505,14 @@ class Run:
     folder: Path
     seed: int
     pool: Executor  # of processes that make scenes
+    until: float | None = None  # when steps are to end, of time.monotonic
 
     def pictures(self, words: CLIPTokenizer, **options: Any) -> Pictures:
         device = self.accelerator.device
         return pictures(self.plan.scenes, self.seed, words, device, self.pool, **options)
 
     def fit(self, loss: nn.Module, batch_of: Callable[..., tuple[Tensor, ...]]) -> None:
-        fit(loss, batch_of, self.plan, self.accelerator, self.folder, self.seed)
+        fit(loss, batch_of, self.plan, self.accelerator, self.folder, self.seed, self.until)
 
 
 def train_autoencoder(run: Run, name: str) -> None:
@@ -615,10 +651,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: inside the package")
     parser.add_argument("--runs", type=Path, default=Path("build/embedded"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--scenes", type=int)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     plan = PLANS[given.model]
     asked = {name: getattr(given, name) for name in ("steps", "batch", "scenes")}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
@@ -633,6 +671,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.runs / given.model,
             given.seed,
             pool,
+            until,
         )
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,7 +196,9 @@ class Toy(nn.Module):
         return (self.layer(x) + torch.randn(2, 1, 1, device=x.device) - 1).square().mean()
 
 
-def fit(run: Path, stop: int | None, device: str = "cpu") -> dict[str, Tensor]:
+def fit(
+    run: Path, stop: int | None, device: str = "cpu", steps: int = 20, until: float | None = None
+) -> dict[str, Tensor]:
     run.mkdir(exist_ok=True)
     toy, calls = Toy(), itertools.count()
 
@@ -205,7 +208,7 @@ def fit(run: Path, stop: int | None, device: str = "cpu") -> dict[str, Tensor]:
         return (torch.randn(size, 3, 5, 5, generator=generator, device=device),)
 
     accelerator = Accelerator(cpu=device == "cpu")
-    train.fit(toy, batch_of, train.Plan(20, 4, 0.1, 0), accelerator, run, seed=1)
+    train.fit(toy, batch_of, train.Plan(steps, 4, 0.1, 0), accelerator, run, 1, until)
     return {name: p.detach().clone() for name, p in toy.named_parameters()}
 
 
@@ -230,6 +233,29 @@ def test_a_run_that_was_cut_off_goes_on(
     for name, value in whole.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6)
     assert not whole["layer.weight"].equal(Toy().to(device).layer.weight)
+
+
+@pytest.mark.usefixtures("accelerate_forgets")
+def test_a_run_takes_as_many_steps_as_end_in_time(tmp_path: Path) -> None:
+    start = time.monotonic()
+    fit(tmp_path / "run", None, steps=10**6, until=start + 3)
+    assert time.monotonic() - start < 10
+    last = (tmp_path / "run" / "metrics.csv").read_text().split()[-1].split(",")
+    assert 300 <= int(last[0]) < 10**5
+
+
+@pytest.mark.parametrize("planned", [1000, 10**6])
+def test_a_pace_settles_early(planned: int) -> None:
+    pace, now, done, steps = train.Pace(1000.0), 60.0, 0, planned
+    settled = []
+    while done < steps:
+        now += 20 if done == 0 else 2  # the first hundred compile
+        done += 100
+        steps = pace.steps(done, steps, now)
+        if now > 400:
+            settled.append(steps)
+    assert set(settled) == {steps}
+    assert 990 <= now <= 1010
 
 
 @pytest.mark.gpu
