@@ -190,9 +190,10 @@ def _add_picture(command: argparse.ArgumentParser, output: str, more: str) -> No
     command.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
     command.add_argument(
         "--model",
-        required=True,
-        help="a local folder; the id of a repository, which Diffusers downloads; or the name of a "
-        "model inside sdcore, as in embedded:v1, where it was trained",
+        default=f"{EMBEDDED}v1",
+        help="a local folder; the id of a repository, which Diffusers downloads; or a tiny model "
+        "of shapes in colors that comes with sdcore: embedded: and v1, v2, v1-ink or xl "
+        "(%(default)s)",
     )
     command.add_argument(
         "--output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def test_python_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_commands_exist() -> None:
     commands = re.findall(r"^sdcore (\w+)(.*?)(?: +#.*)?$", "\n".join(blocks("bash")), re.MULTILINE)
-    assert {name for name, _ in commands} == {"info", "recolor"}
+    assert {name for name, _ in commands} == {"info", "recolor", "generate", "regions"}
     for name, arguments in commands:
-        parsed = cli._parser().parse_args([name, *arguments.split()])
+        parsed = cli._parser().parse_args([name, *shlex.split(arguments)])
         assert parsed.command == name
 
 
