@@ -222,6 +222,22 @@ def test_removed_without_a_trace(tokens: Any, family: str, kind: str) -> None:
     )
 
 
+def test_a_compiled_unet_is_masked_too_and_compiled_once(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", TEXT, tokens)
+    plain, wanted = latents(pipe), latents(pipe, two())
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="eager")
+    try:
+        assert latents(pipe).equal(plain)
+        assert latents(pipe, two()).equal(wanted) and not wanted.equal(plain)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert latents(pipe, two()).equal(wanted)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert latents(pipe).equal(plain)
+    finally:
+        torch._dynamo.reset()
+
+
 def test_without_a_trace_also_after_an_error(pipe: Any) -> None:
     before = latents(pipe)
     processors = {name: id(part.processor) for name, part in layers(pipe.unet).items()}
