@@ -184,6 +184,11 @@ def error(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((one.detach().double() - right).norm() / right.norm()) for one, right in pairs)
 
 
+def bound(mask: Any) -> float:
+    """Of the error. A gate near its threshold may open in one rounding and not in another."""
+    return 0.1 if isinstance(mask, GateMask) else TOLERANCE
+
+
 def exact(inputs: tuple[Tensor, ...], mask: Any, backward: bool) -> list[Tensor]:
     """By the specification, in float64."""
     q, k, v, grad = (one.detach().double() for one in inputs)
@@ -209,10 +214,8 @@ def rows_of(case: Case, backward: bool, device: str, copied: float | None) -> li
         except (RuntimeError, ImportError, ValueError) as problem:
             print(f"{case}: {name} does not run: {str(problem).splitlines()[0][:160]}", flush=True)
             continue
-        # A gate near its threshold may open in one rounding and not in another.
-        bound = 0.1 if isinstance(mask, GateMask) else TOLERANCE
-        if not off <= bound:
-            raise SystemExit(f"{case}: {name} is off by {off:.3g}, more than {bound}")
+        if not off <= bound(mask):
+            raise SystemExit(f"{case}: {name} is off by {off:.3g}, more than {bound(mask)}")
         floor = (5 if backward else 2) * case.bytes / copied * 1e3 if copied else None
         rows.append(
             Row(

@@ -965,11 +965,12 @@ def forward(
         if phi is not None:
             _gates(gates, phi, psi, gate_bias, q.dtype, count)
             bits = gates
+        marks = bits if pixels is None else pixels
         _forward[(chunks, heads, batch)](
-            q, k, v, out, _marks_of(bits, pixels, q), _or(tokens, q), _or(added, q),
+            q, k, v, out, _or(marks, q), _or(tokens, q), _or(added, q),
             _or(weights, q),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+            _batch_stride(marks), _batch_stride(tokens),
             *_strides(added), _batch_stride(weights), n, batch // len(k),
             *divmod(triton.cdiv(n, tile.n), chunks), scale,
             T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
@@ -1004,10 +1005,6 @@ def _gates(
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Something to point to, for what the kernel won't read."""
     return other if tensor is None else tensor
-
-
-def _marks_of(bits: Tensor | None, pixels: Tensor | None, other: Tensor) -> Tensor:
-    return _or(bits if pixels is None else pixels, other)
 
 
 def _overlapping(tensor: Tensor, name: str, wanted: bool) -> dict[str, bool]:
@@ -1113,6 +1110,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v = _rowwise(grad), _rowwise(q), _rowwise(k), _rowwise(v)
     bits, pixels, tokens, weights = map(_contiguous, (bits, pixels, tokens, weights))
+    marks = bits if pixels is None else pixels
     tile = backward_tile(q, count, max(d, width), bias is not None, len(segments) == 2)
     added = None if bias is None else bias.expand(batch, heads, n, count)
     every = triton.cdiv(n, tile.n)
@@ -1128,11 +1126,11 @@ def backward(
     with _on(q):
         for want_q, want_k, want_v in wants:
             _backward[(chunks, heads, batch)](
-                grad, q, k, v, dq, parts_k, parts_v, _marks_of(bits, pixels, q), _or(tokens, q),
+                grad, q, k, v, dq, parts_k, parts_v, _or(marks, q), _or(tokens, q),
                 _or(added, q), _or(weights, q),
                 *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *(dq.stride()[:3] if need_q else (0, 0, 0)),
-                _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+                _batch_stride(marks), _batch_stride(tokens),
                 *_strides(added), _batch_stride(weights), batch, heads, n, share,
                 *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
@@ -1201,6 +1199,7 @@ def scores_backward(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
     tile = backward_tile(q, count, max(d, width), bias is not None)
+    marks = bits if pixels is None else pixels
     # Its programs hold more: scores and their gradients, and those to the features.
     tile = replace(tile, n=SCORES_ROWS, warps=SCORES_WARPS, stages=1)
     added = None if bias is None else bias.expand(batch, heads, n, count)
@@ -1222,11 +1221,11 @@ def scores_backward(
     if grad.numel():
         with _on(q):
             _scores_backward[(chunks, groups, batch)](
-                grad, q, k, v, _marks_of(bits, pixels, q), _or(tokens, q), _or(phi, q),
+                grad, q, k, v, _or(marks, q), _or(tokens, q), _or(phi, q),
                 _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
                 dphi, dpsi, dshift, dbias, dweights,
                 *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                _batch_stride(bits if pixels is None else pixels), _batch_stride(tokens),
+                _batch_stride(marks), _batch_stride(tokens),
                 _batch_stride(phi), _batch_stride(psi), *_strides(added), _batch_stride(weights),
                 batch, n, batch // len(k), *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, R=features, BLOCK_D=_block(d), BLOCK_DV=_block(width),
