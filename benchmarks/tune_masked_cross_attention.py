@@ -29,9 +29,15 @@ from benchmarks.bench_masked_cross_attention import (
 )
 from sdcore.triton_kernels import masked_cross_attention as kernels
 
-# Rows, warps, stages, programs of a multiprocessor; then, with gradients, whether they are wide.
+# Rows, warps, stages, programs of a multiprocessor; with gradients, whether sums are transposed.
 FORWARD = ((64, 4, 1, 4), (64, 4, 1, 6), (128, 8, 1, 2))
-BACKWARD = ((64, 4, 2, 2, True), (64, 4, 3, 2, True), (64, 4, 1, 3, True), (64, 8, 1, 1, False))
+BACKWARD = (
+    (64, 4, 2, 2, True),
+    (64, 4, 3, 2, True),
+    (64, 8, 3, 1, True),
+    (128, 8, 2, 1, True),
+    (128, 8, 3, 1, True),
+)
 
 
 def tiles(backward: bool) -> Iterator[tuple[str, Any]]:

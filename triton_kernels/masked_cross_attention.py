@@ -800,7 +800,9 @@ class Tile:
     warps: int
     stages: int  # tiles of rows that are on their way to it
     programs: int  # that a multiprocessor holds
-    wide: bool = False  # a backward's: sums for the text transposed, and the next rows read ahead
+    # A backward's: sums for the text are transposed; and in one stage the next rows are read ahead,
+    # as the compiler does it in several.
+    wide: bool = False
 
 
 # Numbers of a tile of keys, up to which a tile of rows fits beside it in registers, and that tile:
@@ -834,7 +836,10 @@ def _size(dtype: torch.dtype, tokens: int, width: int) -> int:
 
 def forward_tile(dtype: torch.dtype, tokens: int, width: int) -> Tile:
     """For so many tokens, and heads of this width."""
-    return _tile(FORWARD, dtype, tokens, width)
+    tile = _tile(FORWARD, dtype, tokens, width)
+    # Heads of 40 in 64 columns take more registers; held to as few as five programs need, they were
+    # slower than four.
+    return tile if width == _block(width) else replace(tile, programs=min(tile.programs, 4))
 
 
 def backward_tile(
@@ -1134,7 +1139,8 @@ def backward(
                 *_strides(added), _batch_stride(weights), batch, heads, n, share,
                 *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
-                SEGMENTS=tuple(segments), POSITIVE=scale > 0, AHEAD=tile.wide,
+                SEGMENTS=tuple(segments), POSITIVE=scale > 0,
+                AHEAD=tile.wide and tile.stages == 1,
                 TRANSPOSED=tile.wide, NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
                 EARLY=_overlaps(q),
                 **_common(
