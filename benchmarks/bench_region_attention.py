@@ -237,7 +237,7 @@ def main() -> None:
         lines += rows
         if given.sheets:
             given.sheets.mkdir(parents=True, exist_ok=True)
-            evaluate.save_sheet(pictures, given.sheets / f"regions-{name}.png")
+            evaluate.save_sheet(pictures, given.sheets / f"regions-{name}.jpg")
     measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])
     if given.csv:
         measure.write_csv(list(lines[0]), lines, given.csv)

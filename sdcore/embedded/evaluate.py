@@ -123,7 +123,7 @@ def save_sheet(images: Tensor, path: Path) -> None:
     for number, one in enumerate(pixels[: rows * columns]):
         at = (4 + number % columns * (side + 4), 4 + number // columns * (side + 4))
         sheet.paste(Image.fromarray(np.ascontiguousarray(one)), at)
-    sheet.save(path)
+    sheet.save(path, quality=90)
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
         if given.sheets:
             given.sheets.mkdir(parents=True, exist_ok=True)
-            save_sheet(images, given.sheets / f"embedded-{name}.png")
+            save_sheet(images, given.sheets / f"{name}.jpg")
     if given.csv:
         with given.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, ("model", "figure", "value"), lineterminator="\n")

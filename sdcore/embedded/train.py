@@ -38,6 +38,7 @@ from sdcore.embedded import FOLDER, checksums, load, models, tokenizer, world
 
 CAPTIONS = 4  # of each scene
 SNR_BOUND = 5.0  # of the weight of a timestep
+NOISY_FROM, NOISY_SHARE = 700, 0.5
 UNCONDITIONAL = 0.1  # share of prompts left empty, for guidance
 SHRUNK = 0.2  # share of pictures of xl that were enlarged from fewer pixels
 CHECKPOINT_SECONDS = 60
@@ -56,11 +57,11 @@ class Plan:
 
 PLANS = {
     "autoencoder": Plan(12_000, 32, 1e-3, 40_000),
-    "v1": Plan(24_000, 192, 1e-3, 150_000),
-    "v2": Plan(36_000, 192, 1e-3, 200_000),
-    "v1-ink": Plan(1_500, 96, 1e-3, 20_000),
-    "v1-edge": Plan(4_000, 96, 5e-4, 40_000),
-    "xl-autoencoder": Plan(9_000, 32, 1e-3, 40_000),
+    "v1": Plan(23_000, 192, 1e-3, 150_000),
+    "v2": Plan(7_000, 192, 1e-3, 200_000),
+    "v1-ink": Plan(3_000, 96, 1e-3, 20_000),
+    "v1-edge": Plan(2_000, 96, 5e-4, 40_000),
+    "xl-autoencoder": Plan(5_000, 32, 1e-3, 40_000),
     "xl": Plan(16_000, 128, 1e-3, 100_000),
 }
 
@@ -179,8 +180,10 @@ class AutoencoderLoss(nn.Module):
 class DenoisingLoss(nn.Module):
     """Of a UNet and its text encoders; or of a ControlNet beside a UNet that stays as it is.
 
-    The mean square error of the clean latents, weighted with the signal-to-noise ratio up to
-    SNR_BOUND (Hang et al., 2023, arXiv:2303.09556): else the last details would weigh the most.
+    The mean square error of the clean latents, weighted with the square root of the signal-to-noise
+    ratio (Yu et al., 2023, arXiv:2310.08442) up to SNR_BOUND (Hang et al., 2023, arXiv:2303.09556).
+    Weighted with the ratio itself, what is decided in much noise, where things are, counts for
+    nothing. NOISY_SHARE of the timesteps are drawn from NOISY_FROM on, where that is.
     """
 
     def __init__(
@@ -192,13 +195,15 @@ class DenoisingLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser, self.texts, self.control = denoiser, nn.ModuleList(texts), control
-        self.scheduler = scheduler
+        self.prediction = scheduler.config.prediction_type
         self.register_buffer("alphas", scheduler.alphas_cumprod, persistent=False)
 
     def forward(self, latents: Tensor, tokens: Tensor, outlines: Tensor, sides: Tensor) -> Tensor:
         noise = torch.randn_like(latents)
-        steps = torch.randint(0, models.TIMESTEPS, (len(latents),), device=latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, steps)
+        steps = self._timesteps(len(latents))
+        alpha = self.alphas[steps]
+        signal, spread = (part.sqrt()[:, None, None, None] for part in (alpha, 1 - alpha))
+        noisy = signal * latents + spread * noise
         context, options = self._context(tokens, sides)
         if self.control is not None:
             down, middle = self.control(
@@ -209,18 +214,20 @@ class DenoisingLoss(nn.Module):
                 "mid_block_additional_residual": middle,
             }
         found = self.denoiser(noisy, steps, context, **options).sample
-        alpha = self.alphas[steps]
         ratio = alpha / (1 - alpha)
-        weight = ratio.clamp(max=SNR_BOUND)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            wanted, weight = (
-                self.scheduler.get_velocity(latents, noise, steps),
-                weight / (ratio + 1),
-            )
+        weight = ratio.clamp(max=SNR_BOUND).sqrt()
+        if self.prediction == "v_prediction":
+            wanted, weight = signal * noise - spread * latents, weight / (ratio + 1)
         else:
             wanted, weight = noise, weight / ratio
         errors = (found.float() - wanted.float()).square().mean((1, 2, 3))
         return (weight * errors).mean()
+
+    def _timesteps(self, count: int) -> Tensor:
+        device = self.alphas.device
+        any_of = torch.randint(0, models.TIMESTEPS, (count,), device=device)
+        noisy = torch.randint(NOISY_FROM, models.TIMESTEPS, (count,), device=device)
+        return torch.where(torch.rand(count, device=device) < NOISY_SHARE, noisy, any_of)
 
     def _context(self, tokens: Tensor, sides: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the UNet reads, as the pipelines make it."""
