@@ -9,9 +9,11 @@ cross-attentions, and with GatedAttention on its default layers, heads of the UN
 inference. The UNet has the size of SDXL's, with random weights in bfloat16, for 1024 pixels; on a
 CPU that of the embedded xl, wall clock.
 
-Quality: prompts of two things, each of which is given a half of the picture, the same seeds with
-the method and without. A picture counts where both things, by the reader, are there with their
-color and shape and the center within their half; with a 95 % interval (Wilson's).
+Quality: prompts of two things, "a red circle and a blue square", that say nothing of where, and a
+half of the picture for each: in turn left and right, right and left, above and below, below and
+above. The same seeds without the method, with it, and with phrases that are encoded alone. A
+picture counts where both things, by the reader, are there with their color and shape and the
+center within their half; with a 95 % interval (Wilson's).
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ from sdcore.masks import RegionMask
 from sdcore.methods.cross_attention import Layer, Wanted, layers, masked
 
 SETS = 3  # of inputs
-HALVES = {
-    "left of": ((0, 0, 0.5, 1), (0.5, 0, 1, 1)),
-    "above": ((0, 0, 1, 0.5), (0, 0.5, 1, 1)),
+ALONE = 0.4
+LEFT, RIGHT, TOP, BOTTOM = (0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0, 1, 0.5), (0, 0.5, 1, 1)
+HALVES = ((LEFT, RIGHT), (RIGHT, LEFT), (TOP, BOTTOM), (BOTTOM, TOP))
+# What regions are given, by way.
+WAYS: dict[str, dict[str, float] | None] = {
+    "without": None,
+    "with": {},
+    f"phrases alone: {ALONE:g}": {"alone": ALONE},
 }
-LINK = {"left of": "to the left of", "above": "above"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,55 +155,53 @@ def _regions(unet: Any, inputs: tuple[Tensor, ...], open_to_all: bool) -> Iterat
 def quality(
     name: str, count: int, device: str, folder: Path
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Rows with shares, and pictures: without and with regions, in turn."""
+    """Rows with shares, and pictures: of each prompt one in each way."""
     pipe = embedded.load(name, device=device, folder=folder)
     pipe.set_progress_bar_config(disable=True)
-    made: dict[str, list[Tensor]] = {"without": [], "with": []}
+    made: dict[str, list[Tensor]] = {way: [] for way in WAYS}
     asked = list(_asked(count))
-    for number, (scene, relation) in enumerate(asked):
-        phrases = [f"{thing.color} {thing.shape}" for thing in scene.things]
-        first, second = (world.with_article(phrase) for phrase in phrases)
-        prompt = f"{first} {LINK[relation]} {second}"
+    for number, (scene, boxes) in enumerate(asked):
+        phrases = [world.with_article(f"{one.color} {one.shape}") for one in scene.things]
+        prompt = " and ".join(phrases)
         regions = [
-            sdcore.Region(phrase, box=box)
-            for phrase, box in zip(phrases, HALVES[relation], strict=True)
+            sdcore.Region(phrase, box=box) for phrase, box in zip(phrases, boxes, strict=True)
         ]
-        for way, pictures in made.items():
+        for way, options in WAYS.items():
             with contextlib.ExitStack() as stack:
-                if way == "with":
-                    stack.enter_context(sdcore.patch(pipe, sdcore.RegionAttention(*regions)))
-                pictures.append(evaluate.generate(pipe, [prompt], 1000 + number)[0])
+                if options is not None:
+                    method = sdcore.RegionAttention(*regions, **options)
+                    stack.enter_context(sdcore.patch(pipe, method))
+                made[way].append(evaluate.generate(pipe, [prompt], 1000 + number)[0])
     rows = []
     for way, pictures in made.items():
         readings = reader.read(torch.stack(pictures))
-        good = sum(
-            _right(reading, scene, relation)
-            for reading, (scene, relation) in zip(readings, asked, strict=True)
-        )
+        good = sum(_right(reading, *one) for reading, one in zip(readings, asked, strict=True))
         low, high = wilson(good, count)
         figures = {"share": good / count, "low": low, "high": high}
         rows.append(
             {"model": name, "regions": way, "prompts": count}
             | {key: f"{value:.3f}" for key, value in figures.items()}
         )
-    pairs = [one for both in zip(made["without"], made["with"], strict=True) for one in both]
-    return rows, torch.stack(pairs)
+    turns = [one for some in zip(*made.values(), strict=True) for one in some]
+    return rows, torch.stack(turns)
 
 
-def _asked(count: int) -> Iterator[tuple[world.Scene, str]]:
-    """Scenes of two things that differ in color and shape, and a relation for each."""
+Box = tuple[float, float, float, float]
+
+
+def _asked(count: int) -> Iterator[tuple[world.Scene, tuple[Box, Box]]]:
+    """Scenes of two things that differ in color and shape, and boxes for them."""
     rng = random.Random(evaluate.SEED + 6)
     for number in range(count):
-        relation = ("left of", "above")[number % 2]
         while True:
             scene = world.scene(rng, things=2, held_out=True)
             first, second = scene.things
             if first.color != second.color and first.shape != second.shape:
                 break
-        yield scene, relation
+        yield scene, HALVES[number % len(HALVES)]
 
 
-def _right(reading: reader.Reading, scene: world.Scene, relation: str) -> bool:
+def _right(reading: reader.Reading, scene: world.Scene, boxes: tuple[Box, Box]) -> bool:
     """Whether each thing is there, in its half of the picture."""
     return all(
         any(
@@ -207,7 +211,7 @@ def _right(reading: reader.Reading, scene: world.Scene, relation: str) -> bool:
             and box[1] <= seen.y <= box[3]
             for seen in reading.things
         )
-        for thing, box in zip(scene.things, HALVES[relation], strict=True)
+        for thing, box in zip(scene.things, boxes, strict=True)
     )
 
 

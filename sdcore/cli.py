@@ -172,6 +172,14 @@ def _add_regions(commands: Any) -> None:
         metavar="B",
         help="how much the rest of the prompt counts inside regions, 0 to 1 (%(default)s)",
     )
+    command.add_argument(
+        "--alone",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="how much of a region is its phrase encoded without the prompt, 0 to 1; 0 hides other "
+        "regions' phrases instead (%(default)s)",
+    )
     _add_picture(command, "regions.png", "")
     command.add_argument(
         "--figure",
@@ -327,7 +335,8 @@ def _regions(args: argparse.Namespace) -> None:
 
 def _region_attention(args: argparse.Namespace) -> RegionAttention:
     try:
-        return RegionAttention(*map(_region, args.regions), base=args.base, keep_maps=True)
+        regions = map(_region, args.regions)
+        return RegionAttention(*regions, base=args.base, alone=args.alone, keep_maps=True)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 

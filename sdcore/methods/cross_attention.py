@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from sdcore.masks import Mask
@@ -40,6 +41,11 @@ class Wanted:
     """What a method wants of a cross-attention."""
 
     mask: Mask | Tensor | None
+    #: More text, [B, T', E], after the layer's own, with the segments and their weights [B, S, N]
+    #: of ``masked_cross_attention``; the mask is for all tokens.
+    more: Tensor | None = None
+    segments: Sequence[tuple[int, int]] | None = None
+    weights: Tensor | None = None
     #: Tokens whose probabilities, the mean of the heads, ``tell`` is to get: [B, N, tokens].
     tokens: Sequence[int] = ()
     tell: Callable[[Tensor], None] | None = None
@@ -145,6 +151,8 @@ def _attend(attn: Any, given: Tensor, text: Tensor, temb: Tensor | None, wanted:
     states = given if attn.spatial_norm is None else attn.spatial_norm(given, temb)
     if attn.group_norm is not None:
         states = attn.group_norm(states.mT).mT
+    if wanted.more is not None:
+        text = torch.cat([text, wanted.more.to(text.dtype)], 1)
     if attn.norm_cross:
         text = attn.norm_encoder_hidden_states(text)
     query, key, value = attn.to_q(states), attn.to_k(text), attn.to_v(text)
@@ -158,11 +166,12 @@ def _attend(attn: Any, given: Tensor, text: Tensor, temb: Tensor | None, wanted:
     mask = wanted.mask
     if isinstance(mask, Tensor):
         mask = mask.to(query.dtype)
+    parts = {"segments": wanted.segments, "segment_weights": wanted.weights}
     if wanted.tell is None:
-        out = masked_cross_attention(query, key, value, mask)
+        out = masked_cross_attention(query, key, value, mask, **parts)
     else:
         out, found = masked_cross_attention(
-            query, key, value, mask, return_token_probs=wanted.tokens
+            query, key, value, mask, return_token_probs=wanted.tokens, **parts
         )
         wanted.tell(found)
     assert isinstance(out, Tensor)

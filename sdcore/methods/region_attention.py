@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,7 +110,17 @@ class RegionAttention(Method):
     for pixel n and token t of the prompt in the cross-attention, with S its scores. Tokens in no
     phrase, "the rest", are the words between phrases and also the start, end and padding tokens.
     Where regions overlap, a pixel has the phrases of all. Rows of the negative prompt stay as they
-    are. ::
+    are.
+
+    A text encoder mixes words: "owl" knows of the fox before it, and of where the prompt puts it.
+    With ``alone`` nothing is hidden, and a pixel n in regions also attends to their phrases as the
+    encoder gives them alone,
+
+    .. math::
+        O_n = (1 - \text{alone}) \operatorname{softmax}(Q_n K^T / \sqrt D) \, V + \text{alone} \cdot
+        \operatorname{mean}_{r \ni n} \operatorname{softmax}(Q_n K_r^T / \sqrt D) \, V_r
+
+    with K_r and V_r of the phrase of region r, and K and V of the prompt. ::
 
         method = sdcore.RegionAttention(
             sdcore.Region("a red fox", box=(0, 0, 0.5, 1)),
@@ -123,10 +133,13 @@ class RegionAttention(Method):
         regions: 1 to 62 of :class:`Region`.
         base: how much the rest counts inside regions, in [0, 1]. With 1, the default, the attention
             is the pipeline's but for the phrases that are hidden. With 0 a region has its phrases
-            alone, without the start token, at which most attention rests otherwise. (The "base
-            ratio" of Attention Couple is another thing: it mixes the results of two prompts, and
-            its 1 leaves nothing of the regions.) Between 0 and 1 it is added to the scores as a
-            tensor [rows, 1, pixels, tokens] for each resolution; 0 and 1 take a few bytes a pixel.
+            alone, without the start token, at which most attention rests otherwise. Between 0 and
+            1 it is added to the scores as a tensor [rows, 1, pixels, tokens] for each resolution; 0
+            and 1 take a few bytes a pixel.
+        alone: how much of a region is its phrases encoded alone, in [0, 1]; 0, the default, hides
+            phrases instead. They must be words, and ``base`` 1. (Attention Couple's "base ratio" is
+            1 less this.) Up to three regions and prompts of 77 tokens take a kernel, more of them
+            plain PyTorch.
         layers: which cross-attentions: None for all; parts of their names from the beginning, such
             as "mid_block" or ["down_blocks.2", "up_blocks"]; or a function that says it of a name.
         start, end: the shares of the run between which it acts, 0 ≤ start < end ≤ 1: in steps with
@@ -158,18 +171,27 @@ class RegionAttention(Method):
         self,
         *regions: Region,
         base: float = 1.0,
+        alone: float = 0.0,
         layers: str | Sequence[str] | Callable[[str], bool] | None = None,
         start: float = 0.0,
         end: float = 1.0,
         keep_maps: bool = False,
     ) -> None:
         _check_regions(regions)
-        for name, share in (("base", base), ("start", start), ("end", end)):
+        for name, share in (
+            ("base", base),
+            ("alone", alone),
+            ("start", start),
+            ("end", end),
+        ):
             _check_share(name, share)
         if not start < end:
             raise ValueError(f"start must be less than end; got {start} and {end}")
         self.regions = regions
+        if alone:
+            _check_alone(regions, base)
         self.base = float(base)
+        self.alone = float(alone)
         self.span = float(start), float(end)
         self.layers = _checked_layers(layers)
         self.keep_maps = keep_maps
@@ -205,6 +227,7 @@ class RegionAttention(Method):
         state.tokens = state.members.any(2).any(0).nonzero()[:, 0].tolist()
         state.size = None
         state.masks, state.sums = {}, {}
+        state.phrases = _encoded(self.regions, run) if self.alone else None
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
         state = call.run.of(self)
@@ -215,10 +238,14 @@ class RegionAttention(Method):
             return proceed(call)
 
         def wanted(layer: Layer) -> Wanted:
-            mask = self._mask(state, call, layer)
+            found = self._wanted(state, call, layer)
             if not self.keep_maps:
-                return Wanted(mask)
-            return Wanted(mask, state.tokens, lambda found: _add(state, call.conditional, found))
+                return found
+            return replace(
+                found,
+                tokens=state.tokens,
+                tell=lambda probs: _add(state, call.conditional, probs),
+            )
 
         with masked(call.run.pipe.unet, state.names, wanted):
             return proceed(call)
@@ -260,8 +287,8 @@ class RegionAttention(Method):
                         f"{width} × {height}: their ratios of width to height must agree to 2 %"
                     )
 
-    def _mask(self, state: SimpleNamespace, call: Call, layer: Layer) -> RegionMask | Tensor:
-        """The layer's mask, from those made before in this run if it is among them."""
+    def _wanted(self, state: SimpleNamespace, call: Call, layer: Layer) -> Wanted:
+        """Of the layer, from what was made before in this run if it is among that."""
         count, device = layer.hidden_states.shape[1], layer.hidden_states.device
         rows, own = len(call.sample), call.conditional
         key = count, rows, own.start, device
@@ -274,8 +301,13 @@ class RegionAttention(Method):
                     f"the pipeline encoded the prompt as {layer.text.shape[1]} tokens, where its "
                     f"tokenizer gives {members.shape[1]}; so the phrases' positions are not known"
                 )
-            make = _bits if self.base in (0, 1) else _bias
-            state.masks[key] = make(torch.stack(inside, 1), members, self.base, rows, own, device)
+            covers = torch.stack(inside, 1)
+            if state.phrases is not None:
+                found = _couple(state.phrases, covers, self.alone, members.shape[1], rows, own)
+            else:
+                make = _bits if self.base in (0, 1) else _bias
+                found = Wanted(make(covers, members, self.base, rows, own, device))
+            state.masks[key] = found
         return state.masks[key]
 
 
@@ -404,6 +436,16 @@ def _check_share(name: str, share: Any) -> None:
         raise TypeError(f"{name} must be a number; got {share!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must lie in [0, 1]; got {share}")
+
+
+def _check_alone(regions: Sequence[Region], base: float) -> None:
+    if base != 1:
+        raise ValueError(f"base must be 1 with alone, which hides nothing; got {base}")
+    for one in regions:
+        if not isinstance(one.phrase, str):
+            raise ValueError(
+                f"alone is for phrases in words, which can be encoded; got positions {one.phrase}"
+            )
 
 
 def _checked_layers(given: Any) -> tuple[str, ...] | Callable[[str], bool] | None:
@@ -542,6 +584,17 @@ def _ids(pipe: Any, text: str, tokenizer: Any, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
 
+def _encoded(regions: Sequence[Region], run: Run) -> Tensor:
+    """[regions, tokens, width]: each phrase as the pipeline encodes a prompt."""
+    pipe = run.pipe
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if run.arguments.get("clip_skip") is not None:
+        options["clip_skip"] = run.arguments["clip_skip"]
+    phrases = [str(region.phrase) for region in regions]
+    with torch.no_grad():
+        return pipe.encode_prompt(phrases, device=pipe._execution_device, **options)[0]
+
+
 # ---------------------------------------------------------------------------------------------
 # Masks and maps
 
@@ -579,6 +632,25 @@ def _bias(
     bias = torch.zeros(rows, 1, *weights.shape[1:])
     bias[own, 0] = weights.log()
     return bias.to(device)
+
+
+def _couple(
+    phrases: Tensor, inside: Tensor, alone: float, count: int, rows: int, own: slice
+) -> Wanted:
+    """The prompt of ``count`` tokens, and after it each region's phrase encoded alone, which has a
+    softmax of its own, and weight in the prompt's rows and the region's pixels."""
+    regions, each, _ = phrases.shape
+    starts = range(count, count + regions * each, each)
+    share = alone * inside / inside.sum(1, keepdim=True).clamp(min=1)  # [pixels, regions]
+    weights = torch.zeros(rows, 1 + regions, len(inside))
+    weights[:, 0] = 1
+    weights[own] = torch.cat([1 - share.sum(1, keepdim=True), share], 1).mT
+    return Wanted(
+        None,
+        phrases.flatten(0, 1).expand(rows, -1, -1),
+        [(0, count), *((start, start + each) for start in starts)],
+        weights.to(phrases.device),
+    )
 
 
 def _add(state: SimpleNamespace, own: slice, found: Tensor) -> None:

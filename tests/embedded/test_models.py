@@ -158,6 +158,8 @@ def test_regions_writes_a_picture_and_a_figure(
     assert cli.main(["regions", *asked, *regions, "--base", "0"]) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(["generate", *asked, "--output", "plain.png"]) == 0
+    assert cli.main(["regions", *asked, *regions, "--alone", "0.4", "--output", "alone.png"]) == 0
+    assert not images.read(Path("alone.png")).equal(images.read(Path("regions.png")))
     found, plain = images.read(Path("regions.png")), images.read(Path("plain.png"))
     assert found.shape == plain.shape == (128, 128, 3)
     assert not found.equal(plain)

@@ -159,6 +159,58 @@ def test_pixels_in_no_region_and_in_two(pipe: Any, base: float) -> None:
     assert sizes == {8, 4}
 
 
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+def test_phrases_encoded_alone(shared: dict[str, Any], family: str) -> None:
+    """With a softmax of their own, in the prompt's rows; shared where regions overlap."""
+    pipe, alone = shared[family], 0.4
+    method = RegionAttention(
+        Region("red circle", box=(0, 0, 1, 0.5)),
+        Region("blue square", box=(0.25, 0.25, 1, 0.75)),
+        alone=alone,
+        keep_maps=True,
+    )
+    with Spy(pipe) as spy:
+        latents(pipe, method, num_images_per_prompt=2)
+    phrases = pipe.encode_prompt(
+        ["red circle", "blue square"],
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )[0]
+    assert len(spy.calls) == pipelines.STEPS * len(layers(pipe.unet))
+    for _, part, given, text, out in spy.calls:
+        count, side = given.shape[1], round(given.shape[1] ** 0.5)
+        shares = torch.zeros(4, count, 2)
+        for pixel in range(count):
+            x, y = (pixel % side + 0.5) / side, (pixel // side + 0.5) / side
+            holds = [y < 0.5, x > 0.25 and 0.25 < y < 0.75]
+            for region in range(2):
+                shares[2:, pixel, region] = alone * holds[region] / max(1, sum(holds))
+        every = torch.ones(4, count, text.shape[1])
+        expected = (1 - shares.sum(2, keepdim=True)) * dense(part, given, text, every)[0]
+        for region, phrase in enumerate(phrases):
+            own = dense(part, given, phrase.expand(4, -1, -1), every)[0]
+            expected += shares[..., region, None] * own
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert [plane.shape for plane in method.maps] == 2 * [(2, 8, 8)]
+
+
+def test_phrases_encoded_alone_skip_layers_as_the_prompt_does(
+    shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, pipe = [], shared["SDXL"]
+    encode = pipe.encode_prompt
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("clip_skip"))
+        return encode(*args, **options)
+
+    monkeypatch.setattr(pipe, "encode_prompt", spy)
+    latents(pipe, two(alone=0.5), clip_skip=1)
+    latents(pipe, two(alone=0.5))
+    assert asked == [1, 1, None, None]  # the phrases, and the prompt
+
+
 def test_a_phrases_embedding_reaches_its_region_alone(pipe: Any) -> None:
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt(pipelines.options(TEXT)["prompt"], "cpu", 1, True)
@@ -217,7 +269,7 @@ def test_removed_without_a_trace(tokens: Any, family: str, kind: str) -> None:
     leaves_no_trace(
         pipe,
         kind,
-        lambda pipe: handles.append(sdcore.patch(pipe, two(keep_maps=True))),
+        lambda pipe: handles.append(sdcore.patch(pipe, two(alone=0.5, keep_maps=True))),
         lambda pipe: handles[0].remove(),
     )
 
@@ -742,6 +794,7 @@ def test_62_regions(pipe: Any) -> None:
         ({"base": 1.5}, ValueError, r"base must lie in \[0, 1\]; got 1.5"),
         ({"base": float("nan")}, ValueError, r"base must lie in \[0, 1\]; got nan"),
         ({"base": "1"}, TypeError, "base must be a number; got '1'"),
+        ({"alone": -0.1}, ValueError, r"alone must lie in \[0, 1\]; got -0.1"),
         ({"start": -0.1}, ValueError, "start must lie"),
         ({"end": 2}, ValueError, "end must lie"),
         ({"start": 0.5, "end": 0.5}, ValueError, "start must be less than end; got 0.5 and 0.5"),
@@ -753,6 +806,15 @@ def test_62_regions(pipe: Any) -> None:
 def test_arguments(given: dict[str, Any], error: type, match: str) -> None:
     with pytest.raises(error, match=match):
         two(**given)
+
+
+def test_what_does_not_go_with_alone() -> None:
+    with pytest.raises(ValueError, match="alone is for phrases in words"):
+        RegionAttention(Region([2, 3], box=LEFT), alone=0.5)
+    with pytest.raises(
+        ValueError, match=r"base must be 1 with alone, which hides nothing; got 0\.5"
+    ):
+        two(base=0.5, alone=0.5)
 
 
 def test_regions_must_be_some() -> None:
