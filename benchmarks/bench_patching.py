@@ -32,7 +32,7 @@ from sdcore.embedded import models
 
 # Pairs of calls, and the steps of each: where the host is what takes long, times vary widely.
 TURNS = {"host alone": (9, 200), "eager": (40, 3), "CUDA graph": (40, 3)}
-REST = 0.15  # seconds before each call, so that a GPU does not slow down by its power limit
+REST = 0.15  # seconds before each call: back to back, steps in a graph varied by a tenth
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
 SDXL = {
     "sample_size": 128,

@@ -98,8 +98,8 @@ def save_sheets(images: list[Tensor], folder: Path) -> None:
 
 
 def described(reading: reader.Reading) -> str:
-    things = [f"{one.color} {one.shape} {world.cell_of(one.x, one.y)}" for one in reading.things]
-    return f"{reading.style or 'plain'}: " + "; ".join(things)
+    things = [Label(one.color, one.shape, world.cell_of(one.x, one.y)) for one in reading.things]
+    return f"{reading.style or 'plain'}: " + "; ".join(map(str, things))
 
 
 def agreement(text: str, reading: reader.Reading) -> dict[str, list[bool]]:

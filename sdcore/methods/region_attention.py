@@ -138,8 +138,8 @@ class RegionAttention(Method):
             and 1 take a few bytes a pixel.
         alone: how much of a region is its phrases encoded alone, in [0, 1]; 0, the default, hides
             phrases instead. They must be words, and ``base`` 1. (Attention Couple's "base ratio" is
-            1 less this.) Up to three regions and prompts of 77 tokens take a kernel, more of them
-            plain PyTorch.
+            1 less this.) All tokens, the prompt's and as many for each region, go through one
+            ``masked_cross_attention``, whose kernels take up to 320.
         layers: which cross-attentions: None for all; parts of their names from the beginning, such
             as "mid_block" or ["down_blocks.2", "up_blocks"]; or a function that says it of a name.
         start, end: the shares of the run between which it acts, 0 ≤ start < end ≤ 1: in steps with
@@ -187,9 +187,9 @@ class RegionAttention(Method):
             _check_share(name, share)
         if not start < end:
             raise ValueError(f"start must be less than end; got {start} and {end}")
-        self.regions = regions
         if alone:
             _check_alone(regions, base)
+        self.regions = regions
         self.base = float(base)
         self.alone = float(alone)
         self.span = float(start), float(end)
@@ -226,7 +226,7 @@ class RegionAttention(Method):
         # Of any phrase in any of the prompts.
         state.tokens = state.members.any(2).any(0).nonzero()[:, 0].tolist()
         state.size = None
-        state.masks, state.sums = {}, {}
+        state.wanted, state.sums = {}, {}
         state.phrases = _encoded(self.regions, run) if self.alone else None
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
@@ -292,7 +292,7 @@ class RegionAttention(Method):
         count, device = layer.hidden_states.shape[1], layer.hidden_states.device
         rows, own = len(call.sample), call.conditional
         key = count, rows, own.start, device
-        if key not in state.masks:
+        if key not in state.wanted:
             height, width = side_of(count, *state.size)
             inside = [region.inside(height, width).flatten() for region in self.regions]
             members = _of_rows(state.members, own)
@@ -307,8 +307,8 @@ class RegionAttention(Method):
             else:
                 make = _bits if self.base in (0, 1) else _bias
                 found = Wanted(make(covers, members, self.base, rows, own, device))
-            state.masks[key] = found
-        return state.masks[key]
+            state.wanted[key] = found
+        return state.wanted[key]
 
 
 # ---------------------------------------------------------------------------------------------
