@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sdcore.triton_kernels import masked_cross_attention, sliced_wasserstein
+from sdcore.ops.layouts import joint
+from sdcore.triton_kernels import delta_combine, masked_cross_attention, sliced_wasserstein
 
 KIB = 1024
 # Chip: its target, and the shared memory that one program may have.
@@ -153,6 +154,27 @@ def run_attention(
         )
 
 
+def run_delta(dtype: torch.dtype, size: int, types: Sequence[int], last: bool) -> None:
+    """All of the six predictions and two samples; ``last``: predictions are channels-last."""
+    format = torch.channels_last if last else torch.contiguous_format
+    parts = [torch.empty(size, 4, 128, 128, dtype=dtype, memory_format=format) for _ in range(6)]
+    parts += [torch.empty(size, 4, 128, 128) for _ in range(2)]
+    out = torch.empty_like(parts[6])
+    scalars = [torch.empty(size) for _ in range(6)]
+    places, numbers = joint([*parts, out]), (0.7, 4.0)
+    for output in range(3):
+        for guided, halves in ((True, (out, None)), (False, (out, out))):
+            delta_combine.combine(
+                halves, parts, scalars, places, *numbers, 0.0, types, guided, output
+            )
+            delta_combine.backward(
+                halves, parts, scalars, places, *numbers, types, guided, output, True
+            )
+        delta_combine.combine(
+            (out, None), parts, scalars, places, *numbers, 0.7, types, True, output
+        )
+
+
 def record(ptx: bool, chip: str) -> list[Launch]:
     """All distinct launches of all cases, with PTX or without, that this chip would be given."""
     target, limit = CHIPS[chip]
@@ -180,6 +202,8 @@ def record(ptx: bool, chip: str) -> list[Launch]:
                 run_attention(dtype, d, tokens, *others)
         for case in cases():
             run_sliced_wasserstein(*case)
+        run_delta(torch.bfloat16, 1, (1, 0, 0), False)
+        run_delta(torch.float16, 64, (0, 0, 0), True)
     return list(found)
 
 

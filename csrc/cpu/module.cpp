@@ -6,8 +6,10 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "../arguments.h"
+#include "delta_combine.h"
 #include "sliced_wasserstein.h"
 
 namespace py = pybind11;
@@ -62,10 +64,50 @@ void exact(const PointsArgument& x, const PointsArgument& y, Address directions,
   sdcore::exact(arguments);
 }
 
+// (address, format, stride of the batch, strides of the axes)
+using ValuesArgument = std::tuple<Address, std::string, int64_t, std::vector<int64_t>>;
+using NumbersArgument = std::pair<Address, int64_t>;  // of doubles, and their stride
+
+sdcore::Values to_values(const ValuesArgument& argument) {
+  const auto& [address, format, batch_stride, strides] = argument;
+  return {at<void>(address), sdcore::to_format(format), batch_stride, strides};
+}
+
+template <void (*run)(const sdcore::DeltaArguments&)>
+void delta(const std::array<ValuesArgument, sdcore::kParts>& parts, const ValuesArgument& out,
+           const ValuesArgument& out_u, int64_t batch, const std::vector<int64_t>& sizes,
+           const std::array<NumbersArgument, 6>& numbers, double strength, double guidance,
+           double rescale, const std::array<int, 3>& types, bool guided, int output, bool delta_u,
+           int threads) {
+  sdcore::DeltaArguments arguments;
+  for (size_t i = 0; i < parts.size(); ++i) arguments.parts[i] = to_values(parts[i]);
+  arguments.out = to_values(out);
+  arguments.out_u = to_values(out_u);
+  arguments.batch = batch;
+  arguments.sizes = sizes;
+  sdcore::Numbers* const places[] = {&arguments.alpha,      &arguments.sigma,
+                                     &arguments.next_alpha, &arguments.next_sigma,
+                                     &arguments.strengths,  &arguments.guidances};
+  for (size_t i = 0; i < numbers.size(); ++i)
+    *places[i] = {at<double>(numbers[i].first), numbers[i].second};
+  arguments.strength = strength;
+  arguments.guidance = guidance;
+  arguments.rescale = rescale;
+  for (size_t i = 0; i < types.size(); ++i) arguments.types[i] = sdcore::Prediction(types[i]);
+  arguments.guided = guided;
+  arguments.output = sdcore::Output(output);
+  arguments.delta_u = delta_u;
+  arguments.threads = threads;
+  const py::gil_scoped_release release;
+  run(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("version") = SDCORE_VERSION;
+  m.def("delta_combine", &delta<sdcore::delta_combine>);
+  m.def("delta_combine_backward", &delta<sdcore::delta_combine_backward>);
   m.def("sliced_wasserstein_binned", &binned);
   m.def("sliced_wasserstein_binned_backward", &binned_backward);
   m.def("sliced_wasserstein_exact", &exact);

@@ -1,7 +1,8 @@
 """The ops: public functions over flat ops registered with PyTorch."""
 
+from sdcore.ops.delta_combine import delta_combine
 from sdcore.ops.masked_cross_attention import masked_cross_attention
 from sdcore.ops.random_rotations import random_rotations
 from sdcore.ops.sliced_wasserstein import sliced_wasserstein
 
-__all__ = ["masked_cross_attention", "random_rotations", "sliced_wasserstein"]
+__all__ = ["delta_combine", "masked_cross_attention", "random_rotations", "sliced_wasserstein"]
