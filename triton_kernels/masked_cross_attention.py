@@ -358,8 +358,8 @@ def _forward(
     before, after = _factors(scale, BIAS, POSITIVE)
     first = chunk * tiles + tl.minimum(chunk, longer)
     last = first + tiles + tl.where(chunk < longer, 1, 0)
-    start = first * BLOCK_N
     end = tl.minimum(N, last * BLOCK_N)
+    start = first * BLOCK_N
     following = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
     key0 = _rows(keys, 0, BLOCK_T0, kt, T, D, BLOCK_D, BLOCK_T0 <= T)
     value0 = _rows(values, 0, BLOCK_T0, vt, T, DV, BLOCK_DV, BLOCK_T0 <= T)
@@ -478,7 +478,7 @@ def _backward(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T0: tl.constexpr, BLOCK_T1: tl.constexpr,
     SEGMENTS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, REGIONS: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr, AHEAD: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, POSITIVE: tl.constexpr,
     TRANSPOSED: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     EARLY: tl.constexpr,
@@ -508,20 +508,12 @@ def _backward(
     back_at = _at(grad, b, gb, h, gh, ALIGNED)
     first = chunk * tiles + tl.minimum(chunk, longer)
     last = first + tiles + tl.where(chunk < longer, 1, 0)
-    end = tl.minimum(N, last * BLOCK_N)
     start = first * BLOCK_N
-    rows = start + tl.arange(0, BLOCK_N)
-    if AHEAD:
-        following = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
-        following_back = _rows(back_at, start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
-        following_marks = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
     for _tile in range(first, last):
-        if AHEAD:
-            query, back, mark = following, following_back, following_marks
-        else:
-            query = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
-            back = _rows(back_at, start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
-            mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
+        rows = start + tl.arange(0, BLOCK_N)
+        query = _rows(query_at, start, BLOCK_N, qn, N, D, BLOCK_D, EVEN)
+        back = _rows(back_at, start, BLOCK_N, gn, N, DV, BLOCK_DV, EVEN)
+        mark = _marks(marks, rows, N, T, WORDS, BITS, EVEN)
         s0 = _scores(query, key0, bias, rows, 0, BLOCK_T0, N, T, before, bn, bt, BIAS, PRECISION)
         s1 = s0
         # Read anew for each tile, from the nearest cache: there are no registers to keep them in.
@@ -554,12 +546,6 @@ def _backward(
                 found = tl.dot(d1, key1, found, input_precision=PRECISION)
             _store(_at(dq, b, db, h, dh, ALIGNED), found * scale, start, dn, N, D, EVEN)
         start += BLOCK_N
-        rows += BLOCK_N
-        if AHEAD:
-            # The next tile's are read beside the sums, when there are registers for them.
-            following = _rows(query_at, start, BLOCK_N, qn, end, D, BLOCK_D, False)
-            following_back = _rows(back_at, start, BLOCK_N, gn, end, DV, BLOCK_DV, False)
-            following_marks = _marks(marks, rows, end, T, WORDS, BITS, False)
         # All sums at the end, when probabilities and gradients both are in shared memory: where
         # one took another's place there, ptxas 12.8 (Triton 3.6) made code that reads registers
         # before they are set. That of CUDA 13.0 does not.
@@ -800,17 +786,18 @@ class Tile:
     warps: int
     stages: int  # tiles of rows that are on their way to it
     programs: int  # that a multiprocessor holds
-    # A backward's: sums for the text are transposed; and in one stage the next rows are read ahead,
-    # as the compiler does it in several.
-    wide: bool = False
+    wide: bool = False  # a backward's: sums for the text are transposed
 
 
 # Numbers of a tile of keys, up to which a tile of rows fits beside it in registers, and that tile:
 # rows, warps, stages, programs of a multiprocessor. By the compiler's report; more would spill.
 FORWARD = ((5120, (64, 4, 1, 5)), (10240, (64, 4, 1, 2)), (20480, (32, 4, 1, 2)))
 BACKWARD = ((5120, (64, 8, 1, 1)),)
-WIDE_BACKWARD = ((5120, (64, 4, 1, 2, True)),)  # with Hopper's wide products, in 16 bits
+# With Hopper's wide products, in 16 bits. Registers are full: four to eight of what is used after
+# the loop wait in memory. In one stage they don't, and it takes 14 % longer.
+WIDE_BACKWARD = ((5120, (64, 4, 3, 2, True)),)
 LEAST = (16, 8, 1, 1)  # beyond
+LONG = 8  # tiles of a program, from which on four programs of more registers are faster than five
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
 LOAD, SUMS = 1, 2  # what keys and values, and sums for dK and dV, take, in tiles of rows
@@ -897,6 +884,7 @@ def shared_memory(q: Tensor, tokens: int, width: int) -> int:
     tile, block = backward_tile(q, tokens, width), _block(width)
     numbers = 1.8 * (tile.t0 + tile.t1) * 2 * block
     numbers += 1.5 * tile.n * 2 * (block + tile.t0 + tile.t1)
+    numbers += (tile.stages - 1) * tile.n * 2 * block
     return int(numbers * (8 if q.dtype == torch.float32 else 2))
 
 
@@ -964,6 +952,8 @@ def forward(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
     tile = forward_tile(q.dtype, count, max(d, width))
+    if batch * heads * triton.cdiv(n, tile.n) >= LONG * tile.programs * _multiprocessors(q):
+        tile = replace(tile, programs=min(tile.programs, 4))
     added = None if bias is None else bias.expand(batch, heads, n, count)
     chunks = _chunks(q, batch * heads, triton.cdiv(n, tile.n), tile.programs, LOAD)
     with _on(q):
@@ -1140,7 +1130,6 @@ def backward(
                 *divmod(every, chunks), scale,
                 T=count, D=d, DV=width, BLOCK_D=_block(d), BLOCK_DV=_block(width),
                 SEGMENTS=tuple(segments), POSITIVE=scale > 0,
-                AHEAD=tile.wide and tile.stages == 1,
                 TRANSPOSED=tile.wide, NEED_Q=want_q, NEED_K=want_k, NEED_V=want_v,
                 EARLY=_overlaps(q),
                 **_common(
