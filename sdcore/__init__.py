@@ -2,6 +2,7 @@
 
 from sdcore import ops
 from sdcore.backends import backend
+from sdcore.methods.delta_sampling import Control, DeltaSampling, LoRA
 from sdcore.methods.gated_attention import GatedAttention
 from sdcore.methods.observe import Observe
 from sdcore.methods.region_attention import Region, RegionAttention
@@ -10,8 +11,11 @@ from sdcore.patching import Handle, Method, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "Control",
+    "DeltaSampling",
     "GatedAttention",
     "Handle",
+    "LoRA",
     "Method",
     "Observe",
     "Palette",

@@ -193,6 +193,15 @@ def _layout(value: Any, tensors: list[Tensor]) -> Hashable:
     )
 
 
+def fits(value: Any) -> bool:
+    """Whether a captured function may be given it."""
+    try:
+        _layout(value, [])
+    except TypeError:
+        return False
+    return True
+
+
 def _filled(value: Any, tensors: Any) -> Any:
     """The same structure with other tensors."""
     if isinstance(value, Tensor):

@@ -117,6 +117,15 @@ class Run:
         """What ``method`` keeps for this run."""
         return self._states[id(method)]
 
+    def innermost(self, method: Method) -> bool:
+        """Whether no other method's ``denoise`` lies between this one and the UNet."""
+        for one in self.methods:
+            if one is method:
+                return True
+            if type(one).denoise is not Method.denoise:
+                return False
+        return False
+
     @property
     def scheduler(self) -> Any:
         return self.pipe.scheduler
@@ -295,6 +304,17 @@ class Call:
         front = self.sample[:, :channels] + there
         sample = torch.cat([front, self.sample[:, channels:]], 1)
         return replace(self, sample=sample, shift=by if self.shift is None else self.shift + by)
+
+    def passed(self) -> dict[str, Any]:
+        """What the UNet is to be called with, by name; this call then counts as the one that was
+        passed on. For a method that is :meth:`Run.innermost` and calls the UNet itself."""
+        self.run._shift = self.shift
+        return {
+            "sample": self.sample,
+            "timestep": self.timestep,
+            "encoder_hidden_states": self.encoder_hidden_states,
+            **self.options,
+        }
 
 
 @dataclass(frozen=True)
@@ -698,14 +718,9 @@ class _UNet(_StandIn):
             return_dict = options.pop("return_dict", return_dict)
 
         def model(call: Call) -> Tensor:
-            run._shift = call.shift
-            return unet(
-                call.sample,
-                call.timestep,
-                encoder_hidden_states=call.encoder_hidden_states,
-                **call.options,
-                return_dict=False,
-            )[0]
+            given = call.passed()
+            # As pipelines call it: hooks find the sample among the positional arguments.
+            return unet(given.pop("sample"), given.pop("timestep"), **given, return_dict=False)[0]
 
         run._enter(timestep)
         call = Call(run, sample, timestep, encoder_hidden_states, options)

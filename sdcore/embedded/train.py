@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import math
 import random
 import time
@@ -58,11 +59,11 @@ class Plan:
 PLANS = {
     "autoencoder": Plan(12_000, 32, 1e-3, 40_000),
     "v1": Plan(23_000, 192, 1e-3, 150_000),
-    "v2": Plan(7_000, 192, 1e-3, 200_000),
+    "v2": Plan(30_000, 192, 1e-3, 200_000),
     "v1-ink": Plan(3_000, 96, 1e-3, 20_000),
     "v1-edge": Plan(2_000, 96, 5e-4, 40_000),
     "xl-autoencoder": Plan(5_000, 32, 1e-3, 40_000),
-    "xl": Plan(16_000, 128, 1e-3, 100_000),
+    "xl": Plan(24_000, 128, 1e-3, 100_000),
 }
 
 
@@ -639,6 +640,10 @@ def _save(part: Any, run: Run) -> None:
             if isinstance(module, nn.Module):
                 nn.Module.to(module, torch.float16)
         part.save_pretrained(run.out, safe_serialization=True)
+        for path in run.out.rglob("config.json"):  # what was loaded says from where
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 TRAINERS: dict[str, Callable[[Run], None]] = {
