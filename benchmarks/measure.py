@@ -199,7 +199,7 @@ def report(rows: list[Row], path: Path | None, earlier: Sequence[Row] = ()) -> N
 def write_csv(head: Sequence[str], lines: Sequence[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, head)
+        writer = csv.DictWriter(file, head, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     print(f"\nwritten to {path}")

@@ -16,6 +16,10 @@ from sdcore.ops.pointers import address
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # as the flat op numbers them
 OUTPUTS = ("prediction", "x0", "next")
+NAMES = (
+    "target", "target (unconditional)", "source", "source (unconditional)", "adapted",
+    "adapted (unconditional)", "sample", "source_sample",
+)  # fmt: skip
 
 # A prediction of both branches in one tensor, or (unconditional, conditional).
 Prediction = Tensor | tuple[Tensor | None, Tensor]
@@ -232,20 +236,20 @@ def _branches(
                 f"got {type(given).__name__}"
             )
     if isinstance(sample, Tensor):
-        rows = len(sample)
+        rows = sample.shape[0]
     elif isinstance(target, Tensor):
-        rows = len(target) // 2 if guidance_scale is not None else len(target)
+        rows = target.shape[0] // (1 if guidance_scale is None else 2)
     else:
-        rows = len(target[1])
+        rows = target[1].shape[0]
     found: list[Tensor | None] = []
     for given in named.values():
         if isinstance(given, Tensor):
-            if given.ndim == 0 or len(given) != 2 * rows:
+            if given.ndim == 0 or given.shape[0] != 2 * rows:
                 given = None, given
             elif rows == 0:
                 given = given, given
             else:
-                given = given.split(rows)
+                given = given.chunk(2)
         found += [None, None] if given is None else [given[1], given[0]]
     if found[3] is not None and found[1] is None:
         raise ValueError("source has an unconditional branch, and target has none")
@@ -268,24 +272,19 @@ def _check_tensors(
     parts: list[Tensor | None], sample: Tensor | None, source_sample: Tensor | None
 ) -> None:
     like = parts[0]
-    sides = ("", " (unconditional)")
-    names = [f"{leg}{side}" for leg in ("target", "source", "adapted") for side in sides]
-    named = {**dict(zip(names, parts, strict=True)), "sample": sample}
-    named["source_sample"] = source_sample
-    for name, given in named.items():
-        if given is None:
+    for name, given in zip(NAMES, (*parts, sample, source_sample), strict=True):
+        if given is None or given is like:
             continue
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(given).__name__}")
-        if given.ndim == 0 or given.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be [batch, …] of float16, bfloat16, float32 or float64; got "
-                f"{list(given.shape)} of {given.dtype}"
-            )
         if given.shape != like.shape:
             raise ValueError(
                 f"{name} must have the shape of a branch of target, {list(like.shape)}; "
                 f"got {list(given.shape)}"
+            )
+        if given.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be of float16, bfloat16, float32 or float64; got {given.dtype}"
             )
         if given.device != like.device:
             raise ValueError(
@@ -295,6 +294,11 @@ def _check_tensors(
             raise ValueError(
                 f"float64 is not mixed with others: {name} is {given.dtype}, target {like.dtype}"
             )
+    if like.ndim == 0 or like.dtype not in DTYPES:
+        raise ValueError(
+            "target must be [batch, …] of float16, bfloat16, float32 or float64; got "
+            f"{list(like.shape)} of {like.dtype}"
+        )
 
 
 def _check_choices(
@@ -335,12 +339,12 @@ def _per_sample(name: str, given: Tensor, like: Tensor) -> Tensor:
         raise TypeError(f"{name} must hold floats; got {given.dtype}")
     if given.device != like.device:
         raise ValueError(f"{name} must be on target's device, {like.device}; got {given.device}")
-    if given.numel() not in (1, len(like)):
+    if given.numel() not in (1, like.shape[0]):
         raise ValueError(
             f"{name} must be one number or one for each of {len(like)} samples; "
             f"got {list(given.shape)}"
         )
-    return given.reshape(-1).expand(len(like))
+    return given.reshape(-1).expand(like.shape[0])
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:

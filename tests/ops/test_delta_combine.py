@@ -583,7 +583,7 @@ BAD = [
     ({"source": torch.zeros(4, 3, 6, 7)}, ValueError, "source must have the shape"),
     ({"adapted": torch.zeros(2, 4, 6, 7)}, ValueError, "must have the same branches"),
     ({"target": torch.zeros(2, 4, 6, 7)}, ValueError, "source has an unconditional branch"),
-    ({"target": torch.zeros(4, 4, 6, 7).int()}, ValueError, "target must be .* of float16"),
+    ({"target": torch.zeros(4, 4, 6, 7).int()}, ValueError, "must be of float16"),
     ({"source": torch.zeros(4, 4, 6, 7).double()}, ValueError, "float64 is not mixed"),
     ({"sample": torch.zeros(2, 4, 6, 7, device="meta")}, ValueError, "sample must be on target's"),
     ({"sample": 3}, TypeError, "sample must be a tensor"),

@@ -1,0 +1,385 @@
+"""What Delta Sampling costs in pipelines of full size, and what it does to pictures.
+
+``python -m benchmarks.bench_delta_sampling [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_delta_sampling --quality [--device cuda] [--count N] [--csv FILE]
+[--sheets FOLDER]``
+
+Cost: steps of patched pipelines with random weights in bfloat16, with guidance, wall-clock: Stable
+Diffusion 1.5 and a LoRA carried to 2.1 (v prediction) at 512 pixels, and 1.5 and a ControlNet to
+SDXL at 1024. Beside it a step of the plain target; three plain calls as published, in plain
+PyTorch, within the same pipeline; and the sum of the times of the three models, each alone in a
+CUDA graph. Results are compared with those of the plain calls. On a CPU the embedded models.
+
+Quality: the embedded v1-ink and v1-edge carried from v1 to v2, for strengths from 0 to 2, by the
+reader, with 95 % intervals (Wilson's): pictures in ink and captions that are all right, or how far
+pictures cover the outlines that were drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import sdcore
+from benchmarks import bench_patching, measure
+from benchmarks.bench_region_attention import wilson
+from benchmarks.measure import Row
+from sdcore import embedded
+from sdcore.embedded import FOLDER, evaluate, models, reader, world
+from sdcore.patching import Call
+
+SHORT, LONG, TURNS = 2, 10, 5  # steps of runs, whose difference counts; how often
+# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# https://huggingface.co/stabilityai/stable-diffusion-2-1, unet/config.json
+SD21 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SCALES = {"sd": 0.18215, "xl": 0.13025}
+STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+RANK = 16
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost
+
+
+@dataclass
+class Case:
+    name: str
+    target: Any
+    source: Any
+    adapted: Any  # as DeltaSampling takes it
+    side: int  # pixels
+
+
+def _text(width: int, layers: int, words: Any, device: str, project: bool = False) -> nn.Module:
+    """One layer: texts are encoded once a run."""
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, projection_dim=1280,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    kind = CLIPTextModelWithProjection if project else CLIPTextModel
+    return kind(config).to(device, torch.bfloat16).eval()
+
+
+def _unet(device: str, options: dict[str, Any]) -> UNet2DConditionModel:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return UNet2DConditionModel(**options).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _pipeline(unet: nn.Module, kind: str, prediction: str, words: Any, device: str) -> Any:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4, latent_channels=4, scaling_factor=SCALES[kind],
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
+    )  # fmt: skip
+    parts = {"vae": vae.to(device, torch.bfloat16), "unet": unet, "scheduler": scheduler}
+    parts["tokenizer"] = words
+    width = unet.config.cross_attention_dim
+    if kind == "sd":
+        parts["text_encoder"] = _text(width, 1, words, device)
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    else:
+        parts |= {"tokenizer_2": words, "text_encoder": _text(768, 2, words, device)}
+        parts["text_encoder_2"] = _text(1280, 2, words, device, project=True)
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _lora(unet: nn.Module) -> dict[str, Tensor]:
+    """Random, of all attention's layers."""
+    found = {}
+    generator = torch.Generator().manual_seed(2)
+    for name, part in unet.named_modules():
+        if name.rpartition(".")[2] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0"):
+            outer, inner = part.weight.shape
+            for factor, shape in (("lora_A", (RANK, inner)), ("lora_B", (outer, RANK))):
+                value = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+                found[f"unet.{name}.{factor}.weight"] = 4 * value
+    return found
+
+
+def cases(device: str) -> list[Case]:
+    torch.manual_seed(0)
+    if device == "cpu":
+        v1, v2 = embedded.load("v1"), embedded.load("v2")
+        lora = sdcore.LoRA(FOLDER / "v1-ink")
+        for pipe in (v1, v2):
+            pipe.set_progress_bar_config(disable=True)
+        return [Case("embedded v1 and a LoRA to v2", v2, v1, lora, world.SIZE)]
+    with tempfile.TemporaryDirectory() as folder:
+        words = models.vocabulary(Path(folder))
+    old = _pipeline(_unet(device, SD15), "sd", "epsilon", words, device)
+    new = _pipeline(_unet(device, SD21), "sd", "v_prediction", words, device)
+    xl = _pipeline(_unet(device, bench_patching.SDXL), "xl", "epsilon", words, device)
+    control = ControlNetModel.from_unet(old.unet).to(device, torch.bfloat16).eval()
+    for part in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        nn.init.normal_(part.weight, std=0.2)
+    image = torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(1))
+    return [
+        Case("SD 1.5 + LoRA to 2.1, 512²", new, old, sdcore.LoRA(_lora(old.unet)), 512),
+        Case("SD 1.5 + ControlNet to SDXL, 1024²", xl, old, sdcore.Control(control, image), 1024),
+    ]
+
+
+class AsPublished(sdcore.DeltaSampling):
+    """Three calls, and plain PyTorch; in the state and with the texts that DeltaSampling gives."""
+
+    def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
+        own, asked = self._on[call.run.pipe], what_is_asked(self, call)
+        target = proceed(call)
+        found = three_calls(own, asked)[0]
+        alpha, sigma = call.alpha, call.sigma
+        clean = [(asked.sample.float() - sigma * one.float()) / alpha for one in found]
+        delta = self.strength * (clean[1] - clean[0]) / own.ratio
+        noisy = own.prediction == "epsilon"
+        return (target.float() - delta * (alpha / sigma if noisy else 1 / sigma)).to(target.dtype)
+
+
+class Compared(AsPublished):
+    """How far DeltaSampling is from that at a run's first step, and how far the plain target."""
+
+    def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
+        wanted = super().denoise(call, proceed)
+        if not hasattr(self, "off"):
+            ours = sdcore.DeltaSampling.denoise(self, call, proceed)
+            self.off, self.moved = (
+                float((one - wanted).norm() / wanted.norm()) for one in (ours, proceed(call))
+            )
+        return wanted
+
+
+def what_is_asked(method: sdcore.DeltaSampling, call: Call) -> Any:
+    own, state = method._on[call.run.pipe], call.run.of(method)
+    if own.ratio != 1 and state.first is None:
+        state.first = call.sample, call.sigma
+    return own.asked(method, call, state)
+
+
+def three_calls(own: Any, asked: Any) -> tuple[list[Tensor], list[Callable[[], Tensor]]]:
+    """Source and adapted model in full, one after the other; and calls of each."""
+
+    def call(leg: Any, number: int) -> Tensor:
+        more: dict[str, Any] = {}
+        inputs = {
+            "timestep": asked.timesteps[number], "encoder_hidden_states": asked.contexts[number],
+            "added_cond_kwargs": asked.added[number],
+        }  # fmt: skip
+        for control, image, scale in zip(leg.controls, asked.images, asked.scales, strict=False):
+            down, middle = control.model(
+                asked.sample, **inputs, controlnet_cond=image, conditioning_scale=scale,
+                return_dict=False,
+            )  # fmt: skip
+            more["down_block_additional_residuals"] = down
+            more["mid_block_additional_residual"] = middle
+        return leg.unet(asked.sample, **inputs, **more, return_dict=False)[0]
+
+    calls = [lambda: call(own.source, 0), lambda: call(own.adapted, 1)]
+    return [one() for one in calls], calls
+
+
+def run(case: Case, steps: int) -> Tensor:
+    return case.target(
+        "a red circle", num_inference_steps=steps, guidance_scale=5.0, height=case.side,
+        width=case.side, generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).images  # fmt: skip
+
+
+def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[float, float]:
+    """Milliseconds of a step, and half the range of them."""
+    handle = None if method is None else sdcore.patch(case.target, method)
+    try:
+        run(case, SHORT)
+        taken = []
+        for _ in range(TURNS):
+            both = []
+            for steps in (SHORT, LONG):
+                start = time.perf_counter()
+                run(case, steps)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                both.append(1e3 * (time.perf_counter() - start))
+            taken.append((both[1] - both[0]) / (LONG - SHORT))
+        return statistics.median(taken), (max(taken) - min(taken)) / 2
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+class Alone(sdcore.DeltaSampling):
+    """Times the models' calls at a run's first step, each in a graph of its own."""
+
+    def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
+        if not hasattr(self, "milliseconds"):
+            legs = three_calls(self._on[call.run.pipe], what_is_asked(self, call))[1]
+            calls = [lambda: proceed(call), *legs]
+            where = str(call.sample.device.type)
+            self.milliseconds = [
+                measure.milliseconds(one, [()] * 3, where, graph=where == "cuda")[0]
+                for one in calls
+            ]
+        return proceed(call)
+
+
+def cost(case: Case, device: str) -> list[Row]:
+    given = (case.source, case.adapted)
+    alone = Alone(*given, graphs=False)
+    compared = {how: Compared(*given, graphs=how) for how in (True, False)}
+    for method in (alone, *compared.values()):
+        with sdcore.patch(case.target, method):
+            run(case, 1)
+    for how, one in compared.items():
+        if not one.off < 0.1 * one.moved:
+            raise SystemExit(
+                f"{case.name}, graphs={how}: off by {one.off:.2g}, where all moved {one.moved:.2g}"
+            )
+    ways = {
+        "plain target": None,
+        "three calls, as published": AsPublished(*given, graphs=False),
+        "DeltaSampling": sdcore.DeltaSampling(*given),
+        "DeltaSampling, without graphs": sdcore.DeltaSampling(*given, graphs=False),
+        "DeltaSampling, conditional_only": sdcore.DeltaSampling(*given, conditional_only=True),
+        "DeltaSampling, refresh_every=2": sdcore.DeltaSampling(*given, refresh_every=2),
+    }
+    taken = {name: step_of(case, method, device) for name, method in ways.items()}
+    total = sum(alone.milliseconds)
+    parts = " + ".join(f"{one:.2f}" for one in alone.milliseconds)
+    checks = {
+        "DeltaSampling": f"off by {compared[True].off:.1e}",
+        "DeltaSampling, without graphs": f"off by {compared[False].off:.1e}",
+        "plain target": f"differs by {compared[False].moved:.1e}",
+        "three calls, as published": "the reference",
+    }
+    rows = []
+    for name, (milliseconds, spread) in taken.items():
+        rows.append(
+            Row(
+                "delta_sampling", f"a step, {case.name}", name,
+                str(case.target.unet.dtype).removeprefix("torch."), milliseconds, spread,
+                "wall clock", checks.get(name, "another result"), device=device,
+                ratios={
+                    "three calls, as published": taken["three calls, as published"][0]
+                    / milliseconds,
+                    f"the sum of graphs, {parts} ms": total / milliseconds,
+                    "plain target": taken["plain target"][0] / milliseconds,
+                },
+            )
+        )  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality
+
+
+def quality(count: int, device: str) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+    """Rows; and pictures of the first prompts, in ink and by outlines: plain v2, the adapted model
+    on v1, and each strength."""
+    found = {name: embedded.load(name, device=device) for name in ("v1", "v2", "v1-ink", "v1-edge")}
+    ink = sdcore.LoRA(FOLDER / "v1-ink")
+    rows, shown = [], []
+    scenes = world.scenes(count, evaluate.SEED + 7, held_out=True)
+    rng = random.Random(evaluate.SEED)
+    prompts = [world.caption(one, rng) for one in scenes]
+    outlines = world.outlines(scenes)
+    for what in ("ink", "edge"):
+        plain = evaluate.generate(found["v2"], prompts, evaluate.SEED)
+        drawn = outlines if what == "edge" else None
+        own = evaluate.generate(found[f"v1-{what}"], prompts, evaluate.SEED, drawn)
+        ways = {"plain v2": plain, f"v1-{what}": own}
+        for strength in STRENGTHS:
+            pictures = []
+            for first in range(0, count, evaluate.BATCH):
+                part = slice(first, first + evaluate.BATCH)
+                adapted = ink
+                if drawn is not None:
+                    image = outlines[part].expand(-1, 3, -1, -1)
+                    adapted = sdcore.Control(found["v1-edge"].controlnet, image)
+                method = sdcore.DeltaSampling(found["v1"], adapted, strength=strength)
+                with sdcore.patch(found["v2"], method):
+                    pictures.append(
+                        evaluate.generate(found["v2"], prompts[part], evaluate.SEED + first)
+                    )
+            ways[f"v1-{what} to v2, strength {strength:g}"] = torch.cat(pictures)
+        rows += [_judged(name, images, scenes, what) for name, images in ways.items()]
+        turns = [one for some in zip(*ways.values(), strict=True) for one in some]
+        shown.append(torch.stack(turns[: 4 * len(ways)]))
+    return rows, shown[0], shown[1]
+
+
+def _judged(name: str, images: Tensor, scenes: list[world.Scene], what: str) -> dict[str, Any]:
+    readings = reader.read(images)
+    verdicts = [reader.judge(*pair) for pair in zip(readings, scenes, strict=True)]
+    count = len(scenes)
+    row: dict[str, Any] = {"carried": what, "model": name, "prompts": count}
+    for figure, good in (
+        ("in ink", sum(one.style == "ink" for one in readings)),
+        ("captions all right", sum(one.all_right for one in verdicts)),
+    ):
+        low, high = wilson(good, count)
+        row |= {figure: f"{good / count:.3f}", f"{figure}, 95 %": f"{low:.3f} to {high:.3f}"}
+    row["IoU with the outlines"] = f"{mean(evaluate.overlaps(images, scenes)):.3f}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--quality", action="store_true")
+    parser.add_argument("--count", type=int, default=200, help="prompts")
+    parser.add_argument("--sheets", type=Path, help="write sheets of pictures there")
+    given = parser.parse_args()
+    if not given.quality:
+        rows: list[Row] = []
+        for case in cases(given.device):
+            more = cost(case, given.device)
+            measure.report(more, given.csv, rows)
+            rows += more
+        return
+    lines, *shown = quality(given.count, given.device)
+    measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])
+    if given.csv:
+        measure.write_csv(list(lines[0]), lines, given.csv)
+    if given.sheets:
+        given.sheets.mkdir(parents=True, exist_ok=True)
+        for what, pictures in zip(("ink", "edge"), shown, strict=True):
+            evaluate.save_sheet(pictures, given.sheets / f"delta-{what}.jpg")
+
+
+if __name__ == "__main__":
+    main()
