@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ pytest.importorskip("diffusers")
 from PIL import Image
 
 import sdcore
-from sdcore import Region, RegionAttention
+from sdcore import Region, RegionAttention, embedded
 from sdcore.methods.cross_attention import layers
 from tests import pipelines
 from tests.test_patching import leaves_no_trace
@@ -876,3 +877,22 @@ def test_a_unet_without_cross_attention(tokens: Any) -> None:
     config = {name: value for name, value in pipe.unet.config.items() if name[0] != "_"}
     pipe.unet = type(pipe.unet).from_config(config | options)
     refuses(pipe, two(), TypeError, "UNet2DConditionModel has no cross-attention")
+
+
+@pytest.mark.gpu
+def test_phrases_alone_on_a_gpu() -> None:
+    regions = Region("a red circle", box=(0, 0, 0.5, 1)), Region("a star", box=(0.5, 0, 1, 1))
+    found = {}
+    for device in ("cpu", "cuda"):
+        pipe = embedded.load("v1", device=device)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 3, "output_type": "latent", "height": 64, "width": 64}
+        for method in (None, RegionAttention(*regions, alone=0.4)):
+            with contextlib.ExitStack() as stack:
+                if method is not None:
+                    stack.enter_context(sdcore.patch(pipe, method))
+                generator = torch.Generator().manual_seed(0)
+                image = pipe("a red circle and a star", generator=generator, **options).images
+            found[device, method is None] = image.cpu()
+    torch.testing.assert_close(found["cuda", False], found["cpu", False], rtol=2e-2, atol=2e-2)
+    assert (found["cuda", False] - found["cuda", True]).abs().max() > 0.1
