@@ -1,4 +1,4 @@
-"""The command line: ``sdcore info``, ``recolor``, ``generate`` and ``regions``.
+"""The command line: ``sdcore info``, ``recolor``, ``generate``, ``regions`` and ``delta``.
 
 A command that can't do what it was asked says so in one line and exits with 2, before it starts
 on anything that takes time.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sdcore import __version__, backends, images
+from sdcore.methods.delta_sampling import Control, DeltaSampling, LoRA
 from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.patching import patch
@@ -38,6 +39,7 @@ TQDM = ("tqdm", "tqdm")
 
 # Exact transport between more points takes minutes: its time grows with their square and more.
 POINTS = 3000
+SWEEP = (0.5, 1.0, 1.5, 2.0)  # strengths that a grid shows
 # For the sliced distance over all pixels: 96 directions, a multiple of 3.
 ROTATIONS = 32
 
@@ -133,6 +135,7 @@ def _parser() -> Parser:
     command.set_defaults(run=_recolor)
     _add_generate(commands)
     _add_regions(commands)
+    _add_delta(commands)
     return parser
 
 
@@ -142,6 +145,7 @@ def _add_generate(commands: Any) -> None:
         help="make pictures from a prompt",
         description="Make pictures from PROMPT with a Diffusers model.",
     )
+    _add_model(command, "--model", "v1", "what makes the pictures")
     _add_picture(command, "generated.png", "; of several, a number is added to the name")
     command.add_argument("--count", type=_positive, default=1, help="of pictures (%(default)s)")
     _add_common(command, seed_of="the first picture")
@@ -180,6 +184,7 @@ def _add_regions(commands: Any) -> None:
         help="how much of a region is its phrase encoded without the prompt, 0 to 1; 0 hides other "
         "regions' phrases instead (%(default)s)",
     )
+    _add_model(command, "--model", "v1", "what makes the picture")
     _add_picture(command, "regions.png", "")
     command.add_argument(
         "--figure",
@@ -193,16 +198,55 @@ def _add_regions(commands: Any) -> None:
     command.set_defaults(run=_regions)
 
 
+def _add_delta(commands: Any) -> None:
+    command = commands.add_parser(
+        "delta",
+        help="carry a LoRA or a ControlNet to another model",
+        description="Make a picture by Delta Sampling: TARGET's predictions, and to them added "
+        "what a LoRA, a ControlNet or a fine-tune of SOURCE does to SOURCE's.",
+    )
+    _add_model(command, "--target", "v2", "what makes the picture")
+    _add_model(command, "--source", "v1", "the base that ADAPTED comes from")
+    command.add_argument(
+        "--adapted",
+        default=f"{EMBEDDED}v1-ink",
+        help="a LoRA for SOURCE, a ControlNet for it, or a model of its own: a file, a folder, a "
+        "repository's id, or embedded: and v1-ink or v1-edge (%(default)s)",
+    )
+    command.add_argument(
+        "--image", type=Path, metavar="FILE", help="what the ControlNet is shown; makes ADAPTED one"
+    )
+    command.add_argument(
+        "--strength", type=float, default=1.0, metavar="L", help="of what is added (%(default)s)"
+    )
+    _add_picture(command, "delta.png", "")
+    command.add_argument(
+        "--grid",
+        type=Path,
+        nargs="?",
+        const=Path("delta-grid.png"),
+        metavar="FILE",
+        help="also draw a sweep of strengths beside the plain target and the plain adapted model "
+        "(without FILE: %(const)s)",
+    )
+    _add_common(command, seed_of="the picture")
+    command.set_defaults(run=_delta)
+
+
+def _add_model(command: argparse.ArgumentParser, option: str, default: str, what: str) -> None:
+    command.add_argument(
+        option,
+        default=EMBEDDED + default,
+        metavar="MODEL",
+        help=f"{what}: a local folder; the id of a repository, which Diffusers downloads; or a "
+        "tiny model of shapes in colors that comes with sdcore: embedded: and v1, v2, v1-ink or xl "
+        "(%(default)s)",
+    )
+
+
 def _add_picture(command: argparse.ArgumentParser, output: str, more: str) -> None:
     command.add_argument("--prompt", required=True, help="what to show")
     command.add_argument("--negative", default="", metavar="PROMPT", help="what not to show")
-    command.add_argument(
-        "--model",
-        default=f"{EMBEDDED}v1",
-        help="a local folder; the id of a repository, which Diffusers downloads; or a tiny model "
-        "of shapes in colors that comes with sdcore: embedded: and v1, v2, v1-ink or xl "
-        "(%(default)s)",
-    )
     command.add_argument(
         "--output",
         type=Path,
@@ -299,10 +343,10 @@ def _generate(args: argparse.Namespace) -> None:
     )
     for file in files:
         images.check_writable(file)
-    pipe = _loaded(args, device)
+    pipe = _loaded(args.model, args, device)
     for number, file in enumerate(files):
         start = time.perf_counter()
-        picture = _picture(pipe, args, args.seed + number)
+        picture = _picture(pipe, args.model, args, args.seed + number)
         images.write(picture, file)
         if not args.quiet:
             seconds = time.perf_counter() - start
@@ -314,14 +358,14 @@ def _regions(args: argparse.Namespace) -> None:
     device = _device(args.device)
     method = _region_attention(args)
     _check_outputs(args.output, args.figure, [])
-    pipe = _loaded(args, device)
+    pipe = _loaded(args.model, args, device)
     start = time.perf_counter()
     try:
         handle = patch(pipe, method)
     except TypeError as error:
         raise CommandError(f"{args.model} can't take regions: {error}") from error
     with handle:
-        picture = _picture(pipe, args, args.seed)
+        picture = _picture(pipe, args.model, args, args.seed)
     images.write(picture, args.output)
     from sdcore import figures
 
@@ -357,18 +401,72 @@ def _region(text: str) -> Region:
     return Region(phrase, box=box)
 
 
-def _loaded(args: argparse.Namespace, device: torch.device) -> Any:
+def _delta(args: argparse.Namespace) -> None:
+    _need(PILLOW, MATPLOTLIB, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
+    device = _device(args.device)
+    inputs = [] if args.image is None else [args.image]
+    _check_outputs(args.output, args.grid, inputs, "--grid")
+    shown = None if args.image is None else images.read(args.image)
+    target, source = (_loaded(name, args, device) for name in (args.target, args.source))
+    adapted = _adapted(args, source, shown)
+
+    def made(pipe: Any, strength: float) -> Tensor:
+        try:
+            handle = patch(pipe, DeltaSampling(source, adapted, strength=strength))
+        except Exception as error:  # without a network, clients of repositories raise their own
+            reason = str(error).splitlines()[0]
+            raise CommandError(f"--adapted {args.adapted}: {reason}") from error
+        with handle:
+            return _picture(pipe, args.target, args, args.seed)
+
+    start = time.perf_counter()
+    picture = made(target, args.strength)
+    images.write(picture, args.output)
+    if not args.quiet:
+        seconds = time.perf_counter() - start
+        print(f"{args.output}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+    if args.grid is not None:
+        from sdcore import figures
+
+        named = {f"{args.target}": made(target, 0.0)}
+        named |= {f"strength {one:g}": made(target, one) for one in SWEEP}
+        named[f"{args.adapted}\non {args.source}"] = made(source, 1.0)
+        figures.draw_pictures(named).savefig(args.grid)
+        if not args.quiet:
+            print(f"{args.grid}: strengths {', '.join(f'{one:g}' for one in SWEEP)}")
+
+
+def _adapted(args: argparse.Namespace, source: Any, shown: Tensor | None) -> Any:
+    """As DeltaSampling takes it."""
+    name = args.adapted
+    if name.startswith(EMBEDDED):
+        from sdcore import embedded
+
+        name = str(embedded.FOLDER / name.removeprefix(EMBEDDED))
+        if not Path(name).is_dir():
+            raise CommandError(f"--adapted {args.adapted}: there is no such embedded model")
+    if shown is not None:
+        return Control(name, shown.permute(2, 0, 1)[None].float() / 255)
+    folder = Path(name)
+    if (folder / "model_index.json").exists():
+        return _loaded(args.adapted, args, source.device)
+    if (folder / "config.json").exists():
+        raise CommandError(f"--adapted {args.adapted} is a ControlNet, which needs --image FILE")
+    return LoRA(name)
+
+
+def _loaded(model: str, args: argparse.Namespace, device: torch.device) -> Any:
     if args.quiet:
         _hide_progress()
     start = time.perf_counter()
-    pipe = _pipeline(args.model, device)
+    pipe = _pipeline(model, device)
     pipe.set_progress_bar_config(disable=args.quiet)
     if not args.quiet:
-        print(f"{args.model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
+        print(f"{model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
     return pipe
 
 
-def _picture(pipe: Any, args: argparse.Namespace, seed: int) -> Tensor:
+def _picture(pipe: Any, model: str, args: argparse.Namespace, seed: int) -> Tensor:
     """[H, W, 3], uint8."""
     try:
         picture = pipe(
@@ -381,8 +479,8 @@ def _picture(pipe: Any, args: argparse.Namespace, seed: int) -> Tensor:
             generator=torch.Generator("cpu").manual_seed(seed % (1 << 64)),
             output_type="pt",
         ).images[0]
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"{args.model} can't make this picture: {error}") from error
+    except (TypeError, ValueError, FloatingPointError) as error:
+        raise CommandError(f"{model} can't make this picture: {error}") from error
     return images.quantize(picture.float().cpu().permute(1, 2, 0))
 
 
@@ -412,7 +510,7 @@ def _pipeline(model: str, device: torch.device) -> Any:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
         return pipe.to(device)
     except (OSError, ValueError) as error:
-        raise CommandError(f"--model {model}: {str(error).splitlines()[0]}") from error
+        raise CommandError(f"{model}: {str(error).splitlines()[0]}") from error
 
 
 def _need(*packages: tuple[str, str], extras: str = "cli") -> None:
@@ -443,7 +541,9 @@ def _try_ops(device: torch.device, methods: Sequence[str]) -> None:
             raise CommandError(str(error)) from error
 
 
-def _check_outputs(output: Path, figure: Path | None, inputs: Sequence[Path]) -> None:
+def _check_outputs(
+    output: Path, figure: Path | None, inputs: Sequence[Path], option: str = "--figure"
+) -> None:
     taken = [file.resolve() for file in inputs]
     if output.resolve() in taken:
         raise CommandError(f"--output {output} would replace an image that is read")
@@ -453,9 +553,9 @@ def _check_outputs(output: Path, figure: Path | None, inputs: Sequence[Path]) ->
     from sdcore import figures
 
     if figure.resolve() in [*taken, output.resolve()]:
-        raise CommandError(f"--figure {figure} would replace an image that is read or written")
+        raise CommandError(f"{option} {figure} would replace an image that is read or written")
     if not figures.supported(figure.suffix):
-        raise CommandError(f"--figure {figure} must end in .png, .svg, .pdf or the like")
+        raise CommandError(f"{option} {figure} must end in .png, .svg, .pdf or the like")
     images.check_creatable(figure)
 
 

@@ -167,6 +167,22 @@ def draw_regions(
     return figure
 
 
+def draw_pictures(named: dict[str, Tensor]) -> Figure:
+    """Pictures [H, W, 3] side by side, each under its name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(2.2 * len(named), 2.7), dpi=110, facecolor="white", layout="constrained"
+    )
+    panels = figure.subplots(1, len(named), squeeze=False)[0]
+    for axes, (name, picture) in zip(panels, named.items(), strict=True):
+        axes.imshow(picture.numpy())
+        axes.set_title(name, color=INK, fontsize=10, parse_math=False)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(FAINT)
+    return figure
+
+
 def draw_gates(grids: dict[str, Tensor], labels: Sequence[str]) -> Figure:
     """A row for each layer, its gates for each word, [words, h, w] in [0, 1], side by side."""
     from matplotlib.colors import ListedColormap

@@ -197,6 +197,60 @@ def test_regions_says_what_is_wrong_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_delta_writes_a_picture_and_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    common = ["--prompt", "a red circle", "--steps", "2", "--device", "cpu", "--quiet"]
+    assert cli.main(["generate", *common, "--model", "embedded:v2", "--output", "plain.png"]) == 0
+    asked = ["delta", *common]
+    assert cli.main([*asked, "--strength", "0", "--output", "none.png"]) == 0
+    assert cli.main([*asked, "--grid"]) == 0
+    drawn = images.quantize((torch.eye(128) > 0.5).float()[..., None].expand(-1, -1, 3))
+    images.write(drawn, Path("outline.png"))
+    control = ["--adapted", "embedded:v1-edge", "--image", "outline.png"]
+    assert cli.main([*asked, *control, "--output", "edge.png"]) == 0
+    model = ["--adapted", "embedded:v2", "--source", "embedded:v2", "--output", "same.png"]
+    assert cli.main([*asked, *model]) == 0
+    assert capsys.readouterr().out == ""
+    plain, none, found, edge, same = (
+        images.read(Path(f"{name}.png")) for name in ("plain", "none", "delta", "edge", "same")
+    )
+    assert none.equal(plain) and same.equal(plain)
+    assert not found.equal(plain) and not edge.equal(plain) and not edge.equal(found)
+    figure = images.read(Path("delta-grid.png"))
+    assert figure.shape[1] > 4 * figure.shape[0]  # six panels
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--adapted", "embedded:v1-edge"], "is a ControlNet, which needs --image FILE"),
+        (["--adapted", "embedded:v9"], "there is no such embedded model"),
+        (["--adapted", "nowhere/at-all"], "nowhere/at-all"),
+        (["--source", "embedded:v2"], "the LoRA does not fit the source: unet."),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--grid", "delta.png"], "--grid delta.png would replace an image"),
+    ],
+)
+def test_delta_says_what_is_wrong_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = ["delta", "--prompt", "a red circle", "--device", "cpu", "--quiet", *arguments]
+    assert cli.main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sdcore delta: error: ") and complaint in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 class Toy(nn.Module):
     """With a convolution, of which the layout in memory changes for training."""
 
