@@ -2,8 +2,9 @@
 
 from sdcore import ops
 from sdcore.backends import backend
-from sdcore.methods.delta_sampling import Control, DeltaSampling, LoRA
+from sdcore.methods.delta_sampling import Control, DeltaSampling
 from sdcore.methods.gated_attention import GatedAttention
+from sdcore.methods.lora import LoRA
 from sdcore.methods.observe import Observe
 from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.palette import Palette

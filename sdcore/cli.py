@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sdcore import __version__, backends, images
-from sdcore.methods.delta_sampling import Control, DeltaSampling, LoRA
+from sdcore.methods.delta_sampling import Control, DeltaSampling
+from sdcore.methods.lora import LoRA
 from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.patching import patch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcore.graphs import Graphs, fits, module_state
+from sdcore.methods.lora import LoRA, plain, text_encoders, with_loras
 from sdcore.ops import delta_combine
 from sdcore.ops.delta_combine import PREDICTION_TYPES
 from sdcore.patching import Call, Method, Run
@@ -29,22 +29,6 @@ STOCHASTIC = (
     "LCMScheduler",
     "TCDScheduler",
 )
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """A LoRA for :class:`DeltaSampling`, on top of its source.
-
-    Args:
-        weights: a file, a folder, a repository id, or a state dict, as ``load_lora_weights`` takes.
-        scale: its strength within the adapted model; ``DeltaSampling(strength=…)`` is that of the
-            delta.
-        weight_name: the file in a folder or repository that has several.
-    """
-
-    weights: str | Path | Mapping[str, Tensor]
-    scale: float = 1.0
-    weight_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -288,7 +272,7 @@ class _Models:
     """The models beside one patched pipeline, and their graphs."""
 
     def __init__(self, method: DeltaSampling, pipe: Any) -> None:
-        unet = _plain(pipe.unet)
+        unet = plain(pipe.unet)
         dtype, device = unet.dtype, pipe._execution_device
         source, own = _pipeline(method.source, dtype, device)
         self.owned: list[nn.Module] = list(_modules(source)) if own else []
@@ -319,7 +303,7 @@ class _Models:
             return replace(self.source, unet=given)
         leg = self.source
         if method.loras:
-            pipe = _with_loras(source, method.loras)
+            pipe = with_loras(source, method.loras)
             self.owned.append(pipe.unet)
             leg = _leg("adapted", pipe)
         controls = []
@@ -342,7 +326,7 @@ class _Models:
         found = [self.source.unet, self.adapted.unet]
         found += [one.model for one in self.adapted.controls]
         for leg in (self.source, self.adapted):
-            found += _text_encoders(leg.pipe).values()
+            found += text_encoders(leg.pipe).values()
         return list({id(one): one for one in [*found, *self.owned]}.values())
 
     def follow(self, pipe: Any) -> None:
@@ -364,7 +348,7 @@ class _Models:
         """The state of the graphs."""
         controls = (one.model for one in self.adapted.controls)
         found = [
-            module_state(_plain(one))
+            module_state(plain(one))
             for one in (self.unet, self.source.unet, self.adapted.unet, *controls)
         ]
         return next((one for one in found if isinstance(one, str)), tuple(found))
@@ -427,7 +411,7 @@ class _Models:
             do_classifier_free_guidance=True,
             negative_prompt=list(negative) if isinstance(negative, tuple) else negative,
         )
-        dtype = _plain(leg.unet).dtype
+        dtype = plain(leg.unet).dtype
         context = torch.cat([found[1], found[0]]).to(dtype)
         return context, torch.cat([found[3], found[2]]).to(dtype) if len(found) > 2 else None
 
@@ -435,7 +419,7 @@ class _Models:
         """The sample as source and adapted would have it: the same noise, and clean latents times
         the ratio of the scales."""
         channels = call.latents.shape[1]
-        expected = _plain(self.source.unet).config.in_channels
+        expected = plain(self.source.unet).config.in_channels
         if expected != channels:  # of inpainting: with what lies behind the latents
             return call.sample
         sample = call.sample[:, :channels]
@@ -549,22 +533,12 @@ class _Models:
 # What models are
 
 
-def _plain(unet: Any) -> Any:
-    """Also of what ``torch.compile`` returned."""
-    return getattr(unet, "_orig_mod", unet)
-
-
 def _leg(name: str, pipe: Any) -> _Leg:
     return _Leg(pipe, pipe.unet, _prediction(name, pipe.scheduler), pipe.scheduler)
 
 
 def _modules(pipe: Any) -> list[nn.Module]:
     return [one for one in pipe.components.values() if isinstance(one, nn.Module)]
-
-
-def _text_encoders(pipe: Any) -> dict[str, nn.Module]:
-    named = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
-    return {name: one for name, one in named.items() if one is not None}
 
 
 def _prediction(name: str, scheduler: Any) -> str:
@@ -588,8 +562,8 @@ def _scaling(source: Any, given: float | None) -> float:
 
 def _check_fits(name: str, leg: _Leg, pipe: Any) -> None:
     channels = pipe.vae.config.latent_channels
-    found = _plain(leg.unet).config.in_channels
-    if found not in (channels, _plain(pipe.unet).config.in_channels):
+    found = plain(leg.unet).config.in_channels
+    if found not in (channels, plain(pipe.unet).config.in_channels):
         raise ValueError(
             f"{name} must take latents of {channels} channels, as the pipeline's are; its UNet "
             f"takes {found}"
@@ -749,7 +723,7 @@ def _join(stream: torch.cuda.Stream | None) -> None:
 
 def _shareable(unet: Any) -> bool:
     """Whether a view of it is what it is: hooks and compilation hold on to the module itself."""
-    return isinstance(unet, nn.Module) and "forward" not in vars(unet) and unet is _plain(unet)
+    return isinstance(unet, nn.Module) and "forward" not in vars(unet) and unet is plain(unet)
 
 
 def _once(unet: nn.Module) -> nn.Module:
@@ -780,102 +754,3 @@ class _Once(nn.Module):
         if self.given is None:
             self.given = vars(self)["part"](*args, **options)
         return self.given
-
-
-# ---------------------------------------------------------------------------------------------
-# LoRA
-
-
-def _with_loras(source: Any, loras: Sequence[LoRA]) -> Any:
-    """A pipeline of the source's parts, of which those that LoRAs change are copies, with the
-    LoRAs fused."""
-    if getattr(_plain(source.unet), "peft_config", None):
-        raise ValueError(
-            "the source has LoRAs loaded: call its fuse_lora() and unload_lora_weights() first"
-        )
-    encoders = _text_encoders(source)
-    states = [_state_dict(source, one) for one in loras]
-    for keys, *_ in states:
-        _check_keys(keys, {"unet": _plain(source.unet)} | encoders)
-    changed = ["unet"] + [
-        name
-        for name in encoders
-        if any(key.startswith(f"{name}.") for keys, *_ in states for key in keys)
-    ]
-    pipe = copy.copy(source)
-    for name, part in source.components.items():
-        if isinstance(part, nn.Module):  # what is not changed must not be touched, hooks included
-            setattr(pipe, name, _copied(part) if name in changed else None)
-    names = [f"delta_{number}" for number in range(len(loras))]
-    for adapter, (state, alphas, metadata) in zip(names, states, strict=True):
-        options = {"adapter_name": adapter, "metadata": metadata}
-        pipe.load_lora_into_unet(state, alphas, pipe.unet, **options)
-        for name in changed[1:]:
-            encoder = getattr(pipe, name)
-            pipe.load_lora_into_text_encoder(state, alphas, encoder, prefix=name, **options)
-    pipe.set_adapters(names, [one.scale for one in loras])
-    pipe.fuse_lora(components=changed, adapter_names=names)
-    pipe.unload_lora_weights()
-    for name, part in encoders.items():
-        if name not in changed:
-            setattr(pipe, name, part)
-    return pipe
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    from accelerate.hooks import remove_hook_from_module
-
-    return remove_hook_from_module(copy.deepcopy(_plain(module)), recurse=True)
-
-
-def _state_dict(source: Any, lora: LoRA) -> tuple[Mapping[str, Tensor], Any, Any]:
-    """In the names of PEFT or of Diffusers; alphas; and PEFT's configuration."""
-    given = lora.weights
-    options: dict[str, Any] = {"use_safetensors": True}  # no pickles
-    if lora.weight_name is not None:
-        options["weight_name"] = lora.weight_name
-    return type(source).lora_state_dict(
-        dict(given) if isinstance(given, Mapping) else given,
-        unet_config=_plain(source.unet).config,
-        return_lora_metadata=True,
-        **options,
-    )
-
-
-# The two factors of a layer's change, as PEFT and as Diffusers name them.
-FACTOR = re.compile(r"^(\w+)\.(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)\.(?:\w+\.)?weight$")
-
-
-def _check_keys(state: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> None:
-    """Raises a ValueError that names the first key without a layer of its size."""
-    factors = {key: found for key in state if (found := FACTOR.match(key))}
-    if not factors:
-        raise ValueError(f"the weights are no LoRA's; they are {', '.join(list(state)[:3])}, …")
-    for key, found in factors.items():
-        part, name, factor = found.groups()
-        layer = _layer(parts[part], name) if part in parts else None
-        if layer is None:
-            raise ValueError(
-                f"the LoRA does not fit the source: {key} is for a layer that it does not have"
-            )
-        shape, axis = list(state[key].shape), int(factor in ("lora_A", "lora.down"))
-        wanted = layer.weight.shape[axis]
-        if shape[axis] != wanted:
-            raise ValueError(
-                f"the LoRA does not fit the source: {key} is {shape}, for a layer with {wanted} "
-                + ("inputs" if axis else "outputs")
-            )
-
-
-def _layer(part: nn.Module, name: str) -> Any:
-    """None if there is no such layer, also by the names of older versions."""
-    older = name.replace(".processor.", ".").replace("to_out_lora", "to_out.0")
-    older = older.replace("_lora", "")
-    for one in (name, older, f"text_model.{name}", name.removeprefix("text_model.")):
-        try:
-            layer = part.get_submodule(one)
-        except AttributeError:
-            continue
-        if isinstance(getattr(layer, "weight", None), Tensor):
-            return layer
-    return None
