@@ -4,11 +4,12 @@
 ``python -m benchmarks.bench_delta_sampling --quality [--device cuda] [--count N] [--csv FILE]
 [--sheets FOLDER]``
 
-Cost: steps of patched pipelines with random weights in bfloat16, with guidance, wall-clock: Stable
-Diffusion 1.5 and a LoRA carried to 2.1 (v prediction) at 512 pixels, and 1.5 and a ControlNet to
-SDXL at 1024. Beside it a step of the plain target; three plain calls as published, in plain
-PyTorch, within the same pipeline; and the sum of the times of the three models, each alone in a
-CUDA graph. Results are compared with those of the plain calls. On a CPU the embedded models.
+Cost: steps of patched pipelines with random weights in bfloat16, with guidance, from end to end:
+Stable Diffusion 1.5 and a LoRA carried to 2.1 (v prediction) at 512 pixels, and 1.5 and a
+ControlNet to SDXL at 1024. Beside it a step of the plain target; three plain calls as published, in
+plain PyTorch, within the same pipeline; the sum of the times of the three models, each alone in a
+CUDA graph; and their time in the one graph that DeltaSampling replays. Predictions are compared
+with those of the plain calls. On a CPU the embedded models.
 
 Quality: the embedded v1-ink and v1-edge carried from v1 to v2, for strengths from 0 to 2, by the
 reader, with 95 % intervals (Wilson's): pictures in ink and captions that are all right, or how far
@@ -18,6 +19,7 @@ pictures cover the outlines that were drawn.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import tempfile
@@ -48,7 +50,7 @@ from sdcore import embedded
 from sdcore.embedded import FOLDER, evaluate, models, reader, world
 from sdcore.patching import Call
 
-SHORT, LONG, TURNS = 2, 10, 5  # steps of runs, whose difference counts; how often
+STEPS, TURNS = 12, 4  # of a run; runs
 # https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 # https://huggingface.co/stabilityai/stable-diffusion-2-1, unet/config.json
@@ -212,41 +214,74 @@ def three_calls(own: Any, asked: Any) -> tuple[list[Tensor], list[Callable[[], T
     return [one() for one in calls], calls
 
 
-def run(case: Case, steps: int) -> Tensor:
+def run(case: Case, steps: int, **more: Any) -> Tensor:
     return case.target(
         "a red circle", num_inference_steps=steps, guidance_scale=5.0, height=case.side,
-        width=case.side, generator=torch.Generator().manual_seed(0), output_type="latent",
+        width=case.side, generator=torch.Generator().manual_seed(0), output_type="latent", **more,
     ).images  # fmt: skip
 
 
 def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[float, float]:
-    """Milliseconds of a step, and half the range of them."""
-    handle = None if method is None else sdcore.patch(case.target, method)
-    try:
-        run(case, SHORT)
-        taken = []
+    """Milliseconds of a step, and half the range of their middle half: from the end of a step to
+    that of the one after the next, halved, on the GPU's own clock."""
+    marks: list[Any] = []
+
+    def mark(*_: Any) -> dict[str, Any]:
+        marks.append(measure_now(device))
+        return {}
+
+    taken = []
+    with contextlib.ExitStack() as stack:
+        if method is not None:
+            stack.enter_context(sdcore.patch(case.target, method))
+        run(case, 3)
         for _ in range(TURNS):
-            both = []
-            for steps in (SHORT, LONG):
-                start = time.perf_counter()
-                run(case, steps)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                both.append(1e3 * (time.perf_counter() - start))
-            taken.append((both[1] - both[0]) / (LONG - SHORT))
-        return statistics.median(taken), (max(taken) - min(taken)) / 2
-    finally:
-        if handle is not None:
-            handle.remove()
+            marks.clear()
+            run(case, STEPS, callback_on_step_end=mark)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken += [between(a, b) / 2 for a, b in zip(marks[1:], marks[3:], strict=False)]
+    taken.sort()
+    quarter = len(taken) // 4
+    return statistics.median(taken), (taken[-1 - quarter] - taken[quarter]) / 2
+
+
+def measure_now(device: str) -> Any:
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Any, last: Any) -> float:
+    return 1e3 * (last - first) if isinstance(first, float) else first.elapsed_time(last)
 
 
 class Alone(sdcore.DeltaSampling):
-    """Times the models' calls at a run's first step, each in a graph of its own."""
+    """Times the models' calls at a run's first step, each in a graph of its own, and then all
+    three in one, as DeltaSampling has them."""
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
         if not hasattr(self, "milliseconds"):
-            legs = three_calls(self._on[call.run.pipe], what_is_asked(self, call))[1]
-            calls = [lambda: proceed(call), *legs]
+            own = self._on[call.run.pipe]
+            legs = three_calls(own, what_is_asked(self, call))[1]
+            asked = what_is_asked(self, call)
+            together = own._at_once
+            calls = [
+                lambda: proceed(call),
+                *legs,
+                lambda: together(
+                    call.passed(),
+                    asked.sample,
+                    asked.timesteps,
+                    asked.contexts,
+                    asked.added,
+                    asked.images,
+                    asked.scales,
+                    asked.shared,
+                ),
+            ]
             where = str(call.sample.device.type)
             self.milliseconds = [
                 measure.milliseconds(one, [()] * 3, where, graph=where == "cuda")[0]
@@ -257,7 +292,7 @@ class Alone(sdcore.DeltaSampling):
 
 def cost(case: Case, device: str) -> list[Row]:
     given = (case.source, case.adapted)
-    alone = Alone(*given, graphs=False)
+    alone = Alone(*given)
     compared = {how: Compared(*given, graphs=how) for how in (True, False)}
     for method in (alone, *compared.values()):
         with sdcore.patch(case.target, method):
@@ -276,10 +311,13 @@ def cost(case: Case, device: str) -> list[Row]:
         "DeltaSampling, refresh_every=2": sdcore.DeltaSampling(*given, refresh_every=2),
     }
     taken = {name: step_of(case, method, device) for name, method in ways.items()}
-    total = sum(alone.milliseconds)
-    parts = " + ".join(f"{one:.2f}" for one in alone.milliseconds)
+    *each, together = alone.milliseconds
+    total = sum(each)
+    parts = " + ".join(f"{one:.2f}" for one in each)
+    taken["the three models in one graph"] = together, 0.0
     checks = {
         "DeltaSampling": f"off by {compared[True].off:.1e}",
+        "the three models in one graph": f"off by {compared[True].off:.1e}",
         "DeltaSampling, without graphs": f"off by {compared[False].off:.1e}",
         "plain target": f"differs by {compared[False].moved:.1e}",
         "three calls, as published": "the reference",
@@ -290,7 +328,8 @@ def cost(case: Case, device: str) -> list[Row]:
             Row(
                 "delta_sampling", f"a step, {case.name}", name,
                 str(case.target.unet.dtype).removeprefix("torch."), milliseconds, spread,
-                "wall clock", checks.get(name, "another result"), device=device,
+                "graph" if "one graph" in name else "end to end",
+                checks.get(name, "another result"), device=device,
                 ratios={
                     "three calls, as published": taken["three calls, as published"][0]
                     / milliseconds,

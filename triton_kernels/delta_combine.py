@@ -34,15 +34,25 @@ def _number(pointer, stride, b, otherwise):
 
 
 @triton.jit
-def _clean(TYPE: tl.constexpr, a, s):
-    """(X, P): the clean latents are X · sample + P · prediction."""
+def _clean(TYPE: tl.constexpr, a, s, over_n):
+    """(X, P): the clean latents are X · sample + P · prediction; over_n is (a² + s²)^-½."""
     if TYPE == 0:
         return 1 / a, -s / a
     elif TYPE == 1:
-        square = a * a + s * s
-        return a / square, -s / tl.sqrt_rn(square)
+        return a / (a * a + s * s), -s * over_n
     else:
         return 0 * a, 0 * a + 1
+
+
+@triton.jit
+def _over(TYPE: tl.constexpr, a, s, n):
+    """1 / P."""
+    if TYPE == 0:
+        return -a / s
+    elif TYPE == 1:
+        return -n / s
+    else:
+        return 0 * a + 1
 
 
 @triton.jit
@@ -50,27 +60,37 @@ def _slopes(
     a, s, next_a, next_s, strength,
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """to_source, to_adapted, to_state, to_p, to_sample."""
+    """to_source, to_adapted, to_state, to_p, to_sample. Fewer and shorter chains of divisions than
+    the formulas have: at the smallest sizes they are what takes the time."""
     to_source, to_adapted, to_state = -strength, strength, 0.0 * strength
-    x_t, p_t = _clean(T, a, s)
+    square = a * a + s * s
+    n = tl.sqrt_rn(square)
+    over_n = 1 / n
+    x_t, p_t = _clean(T, a, s, over_n)
     if T != S or T != A:
-        x_s, p_s = _clean(S, a, s)
-        x_a, p_a = _clean(A, a, s)
-        to_source = -strength * (p_s / p_t)
-        to_adapted = strength * (p_a / p_t)
-        to_state = strength * ((x_a - x_s) / p_t)
+        x_s, p_s = _clean(S, a, s, over_n)
+        x_a, p_a = _clean(A, a, s, over_n)
+        over = strength * _over(T, a, s, n)
+        to_source, to_adapted = -p_s * over, p_a * over
+        if S == A and S == 0 and T == 1:
+            to_adapted = strength * (n / a)  # also where s is 0
+        elif S == A and S == 1 and T == 0:
+            to_adapted = strength * (a / n)
+        if S == A:
+            to_source = -to_adapted
+        else:
+            to_state = (x_a - x_s) * over
     to_p, to_sample = 0.0 * strength + 1, 0.0 * strength
-    if OUTPUT > 0:
+    if OUTPUT == 1:
         to_p, to_sample = p_t, x_t
     if OUTPUT == 2:
         if T == 0:
-            to_p = next_a * to_p + next_s
-            to_sample = next_a * to_sample
+            to_p, to_sample = next_s - next_a * (s / a), next_a / a
+        elif T == 1:
+            to_p = (next_s * a - next_a * s) / n
+            to_sample = (next_a * a + next_s * s) / square
         else:
-            to_p, to_sample = (
-                next_a * p_t - next_s * a * p_t / s,
-                next_a * x_t + next_s * (1 - a * x_t) / s,
-            )
+            to_p, to_sample = next_a - next_s * (a / s), next_s / s
     return to_source, to_adapted, to_state, to_p, to_sample
 
 
