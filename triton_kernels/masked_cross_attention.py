@@ -797,7 +797,7 @@ BACKWARD = ((5120, (64, 8, 1, 1)),)
 # the loop wait in memory. In one stage they don't, and it takes 14 % longer.
 WIDE_BACKWARD = ((5120, (64, 4, 3, 2, True)),)
 LEAST = (16, 8, 1, 1)  # beyond
-LONG = 8  # tiles of a program, from which on four programs of more registers are faster than five
+LONG = 8  # tiles of a program from which on four programs were faster than five, in one run
 BOTH_SIZE = 16384  # beyond it the sums for dK and dV have no room together
 AMD_SIZE = 10240  # beyond it AMD's chips spill
 LOAD, SUMS = 1, 2  # what keys and values, and sums for dK and dV, take, in tiles of rows
