@@ -411,17 +411,17 @@ def _delta(args: argparse.Namespace) -> None:
     target, source = (_loaded(name, args, device) for name in (args.target, args.source))
     adapted = _adapted(args, source, shown)
 
-    def made(pipe: Any, strength: float) -> Tensor:
+    def made(pipe: Any, name: str, strength: float) -> Tensor:
         try:
             handle = patch(pipe, DeltaSampling(source, adapted, strength=strength))
         except Exception as error:  # without a network, clients of repositories raise their own
             reason = str(error).splitlines()[0]
             raise CommandError(f"--adapted {args.adapted}: {reason}") from error
         with handle:
-            return _picture(pipe, args.target, args, args.seed)
+            return _picture(pipe, name, args, args.seed)
 
     start = time.perf_counter()
-    picture = made(target, args.strength)
+    picture = made(target, args.target, args.strength)
     images.write(picture, args.output)
     if not args.quiet:
         seconds = time.perf_counter() - start
@@ -429,9 +429,9 @@ def _delta(args: argparse.Namespace) -> None:
     if args.grid is not None:
         from sdcore import figures
 
-        named = {f"{args.target}": made(target, 0.0)}
-        named |= {f"strength {one:g}": made(target, one) for one in SWEEP}
-        named[f"{args.adapted}\non {args.source}"] = made(source, 1.0)
+        named = {args.target: made(target, args.target, 0.0)}
+        named |= {f"strength {one:g}": made(target, args.target, one) for one in SWEEP}
+        named[f"{args.adapted}\non {args.source}"] = made(source, args.source, 1.0)
         figures.draw_pictures(named).savefig(args.grid)
         if not args.quiet:
             print(f"{args.grid}: strengths {', '.join(f'{one:g}' for one in SWEEP)}")

@@ -60,8 +60,8 @@ def _slopes(
     a, s, next_a, next_s, strength,
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """to_source, to_adapted, to_state, to_p, to_sample. Fewer and shorter chains of divisions than
-    the formulas have: at the smallest sizes they are what takes the time."""
+    """to_source, to_adapted, to_state, to_p, to_sample. Shorter chains of divisions than the
+    formulas have: at the smallest sizes they take time."""
     to_source, to_adapted, to_state = -strength, strength, 0.0 * strength
     square = a * a + s * s
     n = tl.sqrt_rn(square)
@@ -71,15 +71,7 @@ def _slopes(
         x_s, p_s = _clean(S, a, s, over_n)
         x_a, p_a = _clean(A, a, s, over_n)
         over = strength * _over(T, a, s, n)
-        to_source, to_adapted = -p_s * over, p_a * over
-        if S == A and S == 0 and T == 1:
-            to_adapted = strength * (n / a)  # also where s is 0
-        elif S == A and S == 1 and T == 0:
-            to_adapted = strength * (a / n)
-        if S == A:
-            to_source = -to_adapted
-        else:
-            to_state = (x_a - x_s) * over
+        to_source, to_adapted, to_state = -p_s * over, p_a * over, (x_a - x_s) * over
     to_p, to_sample = 0.0 * strength + 1, 0.0 * strength
     if OUTPUT == 1:
         to_p, to_sample = p_t, x_t
@@ -92,6 +84,19 @@ def _slopes(
         else:
             to_p, to_sample = next_a - next_s * (a / s), next_s / s
     return to_source, to_adapted, to_state, to_p, to_sample
+
+
+@triton.jit
+def _sample_slopes(
+    alpha, sigma, next_alpha, next_sigma, strengths, step_a, step_s, step_na, step_ns, step_l,
+    strength, b, T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """The slopes of sample b."""
+    return _slopes(
+        _number(alpha, step_a, b, 1.0), _number(sigma, step_s, b, 1.0),
+        _number(next_alpha, step_na, b, 1.0), _number(next_sigma, step_ns, b, 1.0),
+        strength * _number(strengths, step_l, b, 1.0), T, S, A, OUTPUT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,8 +140,8 @@ def _branch(
 
 
 @triton.jit
-def _merged(count, mean, square, n, values, inside):
-    """Of n values more: how many, their mean, and the sum of squares of what they are off it."""
+def _merged(count, mean, square, values, inside):
+    """With values more: how many, their mean, and the sum of squares of what they are off it."""
     there = tl.sum(inside.to(tl.float32))
     own = tl.sum(values) / tl.maximum(there, 1)
     off = tl.where(inside, values - own, 0)
@@ -157,9 +162,8 @@ def _sums(
     """Of a part of a sample: number, mean and squares about it, of the conditional branch and of
     the guided prediction."""
     b, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    a, s = _number(alpha, step_a, b, 1.0), _number(sigma, step_s, b, 1.0)
-    to_source, to_adapted, to_state, _, _ = _slopes(
-        a, s, 0.0, 0.0, strength * _number(strengths, step_l, b, 1.0), T, S, A, 0
+    to_source, to_adapted, to_state, _, _ = _sample_slopes(
+        alpha, sigma, None, None, strengths, step_a, step_s, 0, 0, step_l, strength, b, T, S, A, 0
     )
     g = guidance * _number(guidances, step_g, b, 1.0)
     count, mean, square = 0.0, 0.0, 0.0
@@ -176,8 +180,8 @@ def _sums(
             inside, to_source, to_adapted, to_state, LAYOUT, 1,
         )  # fmt: skip
         c, u = tl.where(inside, c, 0), tl.where(inside, u, 0)
-        count, mean, square = _merged(count, mean, square, n, c, inside)
-        count_p, mean_p, square_p = _merged(count_p, mean_p, square_p, n, u + g * (c - u), inside)
+        count, mean, square = _merged(count, mean, square, c, inside)
+        count_p, mean_p, square_p = _merged(count_p, mean_p, square_p, u + g * (c - u), inside)
     at = sums + (b * tl.num_programs(0) + chunk) * 5
     tl.store(at, count)
     tl.store(at + 1, mean)
@@ -206,11 +210,10 @@ def _combine(
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    a, s = _number(alpha, step_a, b, 1.0), _number(sigma, step_s, b, 1.0)
-    next_a, next_s = _number(next_alpha, step_na, b, 1.0), _number(next_sigma, step_ns, b, 1.0)
-    to_source, to_adapted, to_state, to_p, to_sample = _slopes(
-        a, s, next_a, next_s, strength * _number(strengths, step_l, b, 1.0), T, S, A, OUTPUT
-    )
+    to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
+        alpha, sigma, next_alpha, next_sigma, strengths, step_a, step_s, step_na, step_ns, step_l,
+        strength, b, T, S, A, OUTPUT,
+    )  # fmt: skip
     c = _branch(
         target, source, adapted, state, stride_t, stride_s, stride_a, stride_st, b, i, inside,
         to_source, to_adapted, to_state, LAYOUT, 0,
@@ -261,11 +264,10 @@ def _combine_backward(
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    a, s = _number(alpha, step_a, b, 1.0), _number(sigma, step_s, b, 1.0)
-    next_a, next_s = _number(next_alpha, step_na, b, 1.0), _number(next_sigma, step_ns, b, 1.0)
-    to_source, to_adapted, to_state, to_p, to_sample = _slopes(
-        a, s, next_a, next_s, strength * _number(strengths, step_l, b, 1.0), T, S, A, OUTPUT
-    )
+    to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
+        alpha, sigma, next_alpha, next_sigma, strengths, step_a, step_s, step_na, step_ns, step_l,
+        strength, b, T, S, A, OUTPUT,
+    )  # fmt: skip
     of_c = _read(grad, stride_g, b, i, inside, LAYOUT, 8)
     of_u = tl.zeros_like(of_c)
     if grad_u is not None:
@@ -335,9 +337,9 @@ def combine(
     guided: bool,
     output: int,
 ) -> None:
-    """Writes ``halves``, of the conditional and, if branches stay apart, of the unconditional
-    one, from the flat op's eight tensors and six scalars;
-    ``places``: how samples lie in the tensors and in these, none but the axes' strides."""
+    """Writes ``halves``, of the conditional branch and, if they stay apart, of the unconditional
+    one, from the flat op's eight tensors and six scalars; ``places``: how samples lie in these
+    tensors and in the first half."""
     target = parts[0]
     rows, n = len(target), target[0].numel() if len(target) else 0
     if n == 0:
@@ -373,9 +375,9 @@ def backward(
     output: int,
     delta_u: bool,
 ) -> None:
-    """Writes ``found``, the gradients to the flat op's eight tensors, where they are wanted;
-    ``delta_u``: whether the unconditional branch has a delta, too; ``places``: how
-    samples lie in them and in ``grad``."""
+    """Writes ``found``, the gradients to the flat op's eight tensors, where they are wanted, by
+    ``halves``, those to what came out; ``places``: how samples lie in ``found`` and in the first
+    half; ``delta_u``: whether the unconditional branch has a delta, too."""
     like = next(one for one in found if one is not None)
     rows, n = len(like), like[0].numel() if len(like) else 0
     if n == 0:

@@ -465,13 +465,11 @@ class _Models:
     ) -> tuple[Tensor, ...]:
         """Predictions of the target, if it is given, source and adapted model; on a GPU side by
         side, as small ones leave room there."""
-        first = second = self.source.unet
+        first, second = self.source.unet, self.adapted.unet
         if shared:
             first = second = _once(first)
-        else:
-            second = self.adapted.unet
-        inputs = [
-            {"sample": sample, "timestep": t, "encoder_hidden_states": context,
+        inputs = [  # contexts are of their model's dtype, which need not be the target's
+            {"sample": sample.to(context.dtype), "timestep": t, "encoder_hidden_states": context,
              "added_cond_kwargs": more}
             for t, context, more in zip(timesteps, contexts, added, strict=True)
         ]  # fmt: skip
@@ -490,7 +488,7 @@ class _Models:
         return (*found, source, adapted)
 
     def _side_streams(self, device: torch.device) -> list[torch.cuda.Stream | None]:
-        """Outside of a graph starting kernels is the limit, and one stream does."""
+        """None where the models are not put into a graph: starting kernels is the limit there."""
         if device.type != "cuda" or self.graphs is None:
             return [None, None]
         if not self._streams or self._streams[0].device != device:

@@ -235,6 +235,9 @@ def _branches(
                 f"{name} must be a tensor, or a pair (unconditional, conditional) of them; "
                 f"got {type(given).__name__}"
             )
+    for name, given in (*named.items(), ("sample", sample)):
+        if any(isinstance(one, Tensor) and one.ndim == 0 for one in _members(given)):
+            raise ValueError(f"{name} must be [batch, …]; got a tensor without axes")
     if isinstance(sample, Tensor):
         rows = sample.shape[0]
     elif isinstance(target, Tensor):
@@ -244,7 +247,7 @@ def _branches(
     found: list[Tensor | None] = []
     for given in named.values():
         if isinstance(given, Tensor):
-            if given.ndim == 0 or given.shape[0] != 2 * rows:
+            if given.shape[0] != 2 * rows:
                 given = None, given
             elif rows == 0:
                 given = given, given
@@ -256,6 +259,10 @@ def _branches(
     if (found[3] is None) != (found[5] is None):
         raise ValueError("source and adapted must have the same branches")
     return found
+
+
+def _members(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, (tuple, list)) else (given,)
 
 
 def _types(given: str | Sequence[str]) -> tuple[str, str, str]:
@@ -273,7 +280,7 @@ def _check_tensors(
 ) -> None:
     like = parts[0]
     for name, given in zip(NAMES, (*parts, sample, source_sample), strict=True):
-        if given is None or given is like:
+        if given is None:
             continue
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(given).__name__}")
@@ -294,11 +301,6 @@ def _check_tensors(
             raise ValueError(
                 f"float64 is not mixed with others: {name} is {given.dtype}, target {like.dtype}"
             )
-    if like.ndim == 0 or like.dtype not in DTYPES:
-        raise ValueError(
-            "target must be [batch, …] of float16, bfloat16, float32 or float64; got "
-            f"{list(like.shape)} of {like.dtype}"
-        )
 
 
 def _check_choices(

@@ -388,6 +388,17 @@ def test_begun_from_a_picture(models: dict[str, Any], kind: str) -> None:
         run(pipe)
 
 
+def test_models_of_another_dtype(models: dict[str, Any]) -> None:
+    old = embedded.load("v1", dtype=torch.float16)
+    wanted = carried(models["v2"], models["v1"], INK)
+    found = carried(models["v2"], old, INK)
+    assert found.dtype == torch.float32
+    plain = images(models["v2"])
+    assert (found - wanted).norm() < 0.2 * (plain - wanted).norm()
+    control = Control(embedded.load("v1-edge", dtype=torch.float16).controlnet, outline())
+    carried(models["v2"], old, control)
+
+
 def test_strength_by_progress_and_a_part_of_the_run(models: dict[str, Any]) -> None:
     pipe, source = models["v1"], models["v2"]
     adapted = changed(source)

@@ -578,6 +578,8 @@ BAD = [
     ({"target": 3}, TypeError, "target must be a tensor"),
     ({"target": (None, None)}, TypeError, "target must be a tensor"),
     ({"source": (None, 3)}, TypeError, "source must be a tensor"),
+    ({"target": torch.zeros(())}, ValueError, "target must be .batch, ….; got a tensor without"),
+    ({"sample": torch.zeros(())}, ValueError, "sample must be .batch, ….; got a tensor without"),
     ({"source": None}, ValueError, "source and adapted come together"),
     ({"target": torch.zeros(4, 4, 6, 6)}, ValueError, "source must have the shape of a branch"),
     ({"source": torch.zeros(4, 3, 6, 7)}, ValueError, "source must have the shape"),
