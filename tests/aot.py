@@ -164,17 +164,12 @@ def run_delta(dtype: torch.dtype, size: int, types: Sequence[int], last: bool) -
     out = torch.empty_like(parts[6])
     scalars = [torch.empty(size) for _ in range(6)]
     places, numbers = joint([*parts, out]), (0.7, 4.0)
-    for output in range(3):
-        for guided, halves in ((True, (out, None)), (False, (out, out))):
-            delta_combine.combine(
-                halves, parts, scalars, places, *numbers, 0.0, types, guided, output
-            )
-            delta_combine.backward(
-                halves, parts, scalars, places, *numbers, types, guided, output, True
-            )
-        delta_combine.combine(
-            (out, None), parts, scalars, places, *numbers, 0.7, types, True, output
-        )
+    for output, guided in ((0, False), (1, True), (2, False), (2, True)):
+        halves = (out, None if guided else out)
+        rest = parts, scalars, places, *numbers
+        delta_combine.combine(halves, *rest, 0.0, types, guided, output)
+        delta_combine.backward(halves, *rest, types, guided, output, True)
+    delta_combine.combine((out, None), *rest, 0.7, types, True, 2)
 
 
 def record(ptx: bool, chip: str) -> list[Launch]:
