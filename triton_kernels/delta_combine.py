@@ -61,11 +61,12 @@ def _slopes(
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """to_source, to_adapted, to_state, to_p, to_sample. Shorter chains of divisions than the
-    formulas have: at the smallest sizes they take time."""
+    formulas have: at the smallest sizes they take time. No exact root: its code has a branch,
+    after which alone predictions would be read, a memory's latency later."""
     to_source, to_adapted, to_state = -strength, strength, 0.0 * strength
     square = a * a + s * s
-    n = tl.sqrt_rn(square)
-    over_n = 1 / n
+    over_n = tl.rsqrt(square)
+    n = square * over_n
     x_t, p_t = _clean(T, a, s, over_n)
     if T != S or T != A:
         x_s, p_s = _clean(S, a, s, over_n)
