@@ -42,16 +42,26 @@ class Graphs:
 
     def __init__(self, function: Callable[..., Any], name: str, most: int = 8) -> None:
         self.function, self.name, self.most = function, name, most
-        #: What the function reads besides its arguments, such as ``module_state(unet)``; or, as a
-        #: ``str``, why it can't be captured. To be set anew where it may have changed.
-        self.state: Hashable = None
         self.captures = 0
         self.replays = 0
-        self._kept: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._kept: OrderedDict[tuple, _Captured | None] = OrderedDict()
+        self._state = _Hashed(None)
         self._said: set[str] = set()
         self._pool: Any = None
         self._lock = threading.Lock()
         self._copied: torch.cuda.Event | None = None
+
+    @property
+    def state(self) -> Hashable:
+        """What the function reads besides its arguments, such as ``module_state(unet)``; or, as a
+        ``str``, why it can't be captured. To be set anew where it may have changed."""
+        return self._state.value
+
+    @state.setter
+    def state(self, value: Hashable) -> None:
+        new = _Hashed(value)
+        # The very object in the keys, where it is there: then no call compares what is in it.
+        self._state = next((key[1] for key in self._kept if key[1] == new), new)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors: list[Tensor] = []
@@ -61,14 +71,12 @@ class Graphs:
             self._say(reason)
             return self.function(*args, **kwargs)
         with self._lock:
-            graph = self._graph((layout, self.state, _modes()), args, kwargs, tensors)
+            graph = self._graph((layout, self._state, _modes()), args, kwargs, tensors)
             if graph is not None:
                 return self._replayed(graph, tensors)
         return self.function(*args, **kwargs)
 
-    def _graph(
-        self, key: Hashable, args: Any, kwargs: Any, tensors: list[Tensor]
-    ) -> _Captured | None:
+    def _graph(self, key: tuple, args: Any, kwargs: Any, tensors: list[Tensor]) -> _Captured | None:
         """None if its capture failed."""
         if key not in self._kept:
             self._kept[key] = self._captured(args, kwargs, tensors)
@@ -146,6 +154,23 @@ class Graphs:
             return None
         self.captures += 1
         return _Captured(graph, inputs, out)
+
+
+class _Hashed:
+    """A value with its hash, which of a UNet's state takes milliseconds."""
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, _Hashed) and self._hash == other._hash and self.value == other.value
+        )
 
 
 @contextlib.contextmanager
@@ -252,6 +277,10 @@ def module_state(module: nn.Module) -> Hashable:
     return where, settings(module)
 
 
+# What PyTorch keeps in every module: its parameters, parts and hooks.
+_EVERY_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+
 def settings(module: nn.Module) -> Hashable:
     """What a module's parts hold besides tensors: numbers, such as those of PEFT's layers, of
     IP-Adapter's processors and of FreeU; processors; hooks; a ``forward`` in place of the class's.
@@ -259,7 +288,7 @@ def settings(module: nn.Module) -> Hashable:
     return tuple(
         (
             type(part),
-            _plain(vars(part)),
+            _plain({key: one for key, one in vars(part).items() if key not in _EVERY_MODULES}),
             vars(part).get("forward"),
             tuple(part._forward_hooks.values()),
             tuple(part._forward_pre_hooks.values()),

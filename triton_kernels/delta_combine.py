@@ -25,6 +25,15 @@ MOST_SPAN = 2**31  # of a sample's values in memory: offsets within it are 32 bi
 
 
 @triton.jit
+def _sample(ALONE: tl.constexpr):
+    """Which one a program works on; of one alone addresses are known sooner."""
+    if ALONE:
+        return 0
+    else:
+        return tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
 def _number(pointer, stride, b, otherwise):
     """A sample's, of a tensor that may be absent."""
     if pointer is None:
@@ -61,12 +70,12 @@ def _slopes(
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """to_source, to_adapted, to_state, to_p, to_sample. Shorter chains of divisions than the
-    formulas have: at the smallest sizes they take time. No exact root: its code has a branch,
-    after which alone predictions would be read, a memory's latency later."""
+    formulas have: at the smallest sizes they take time. A root by the chip's own instruction, since
+    an exact one has a branch in its code, after which alone predictions would be read."""
     to_source, to_adapted, to_state = -strength, strength, 0.0 * strength
     square = a * a + s * s
-    over_n = tl.rsqrt(square)
-    n = square * over_n
+    n = tl.sqrt(square)
+    over_n = 1 / n
     x_t, p_t = _clean(T, a, s, over_n)
     if T != S or T != A:
         x_s, p_s = _clean(S, a, s, over_n)
@@ -158,11 +167,12 @@ def _sums(
     alpha, sigma, strengths, guidances,
     stride_t, stride_tu, stride_s, stride_su, stride_a, stride_au, stride_x,
     step_a, step_s, step_l, step_g, strength, guidance, n, length,
-    T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, ALONE: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of a part of a sample: number, mean and squares about it, of the conditional branch and of
     the guided prediction."""
-    b, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    b, chunk = _sample(ALONE), tl.program_id(0)
     to_source, to_adapted, to_state, _, _ = _sample_slopes(
         alpha, sigma, None, None, strengths, step_a, step_s, 0, 0, step_l, strength, b, T, S, A, 0
     )
@@ -206,9 +216,9 @@ def _combine(
     stride_t, stride_tu, stride_s, stride_su, stride_a, stride_au, stride_x, stride_st, stride_o,
     step_a, step_s, step_na, step_ns, step_l, step_g, strength, guidance, rescale, n, chunks,
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, GUIDED: tl.constexpr, OUTPUT: tl.constexpr,
-    LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    ALONE: tl.constexpr, LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    b = _sample(ALONE)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
@@ -260,9 +270,9 @@ def _combine_backward(
     stride_g, stride_t, stride_tu, stride_s, stride_su, stride_a, stride_au, stride_x, stride_st,
     step_a, step_s, step_na, step_ns, step_l, step_g, strength, guidance, n,
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, GUIDED: tl.constexpr, OUTPUT: tl.constexpr,
-    DELTA_U: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
+    DELTA_U: tl.constexpr, ALONE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    b = _sample(ALONE)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
@@ -345,7 +355,7 @@ def combine(
     rows, n = len(target), target[0].numel() if len(target) else 0
     if n == 0:
         return
-    kinds = dict(zip("TSA", types, strict=True))
+    kinds = dict(zip("TSA", types, strict=True)) | {"ALONE": rows == 1}
     sums, chunks = None, 0
     with _on(target):
         if rescale:
@@ -388,6 +398,5 @@ def backward(
         _combine_backward[(triton.cdiv(n, block), rows)](
             *halves, *found, *scalars, *_steps([halves[0], *found]), *_steps(scalars), strength,
             guidance, n, **dict(zip("TSA", types, strict=True)), GUIDED=guided, OUTPUT=output,
-            DELTA_U=delta_u, LAYOUT=places,
-            BLOCK=block, num_warps=WARPS,
+            DELTA_U=delta_u, ALONE=rows == 1, LAYOUT=places, BLOCK=block, num_warps=WARPS,
         )  # fmt: skip

@@ -199,7 +199,8 @@ def test_pairs_are_what_one_tensor_is(platform: Platform) -> None:
         assert torch.equal(delta_combine(**given), delta_combine(**pairs))
         whole = delta_combine(**given | {"guidance_scale": None})
         alone = delta_combine(**one | {"guidance_scale": None})
-        assert torch.equal(whole[2:], alone)
+        # Code for one branch may add and multiply at once where that for two does not.
+        torch.testing.assert_close(whole[2:], alone, rtol=1e-6, atol=1e-6)
 
 
 def laid_out(tensor: Tensor, how: str) -> Tensor:
@@ -556,22 +557,24 @@ def test_one_launch() -> None:
     options = {"guidance_scale": 3.0, "output": "next"}
     grad = torch.ones_like(given["sample"])
 
-    def launches(work: Any) -> int:
-        work()
+    def launches(work: Any) -> list[str]:
+        for _ in range(2):
+            work()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        return sum(one.count for one in profile.key_averages() if one.device_time_total > 0)
+        cuda = torch.autograd.DeviceType.CUDA
+        return [one.name for one in profile.events() if one.device_type == cuda]
 
-    assert launches(lambda: delta_combine(**given | options)) == 1
+    assert launches(lambda: delta_combine(**given | options)) == ["_combine"]
     out = delta_combine(**given | pairs | options)
     leaves = [inputs["sample"], *(one for pair in pairs.values() for one in pair)]
     back = launches(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    assert back == 1
+    assert back == ["_combine_backward"]
     rescaled = options | {"guidance_rescale": 0.5}
     with torch.no_grad():
-        assert launches(lambda: delta_combine(**given | rescaled)) == 2
+        assert launches(lambda: delta_combine(**given | rescaled)) == ["_sums", "_combine"]
 
 
 BAD = [
