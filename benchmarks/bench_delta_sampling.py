@@ -11,9 +11,10 @@ plain PyTorch, within the same pipeline; the sum of the times of the three model
 CUDA graph; and their time in the one graph that DeltaSampling replays. Predictions are compared
 with those of the plain calls. On a CPU the embedded models.
 
-Quality: the embedded v1-ink and v1-edge carried from v1 to v2, for strengths from 0 to 2, by the
-reader, with 95 % intervals (Wilson's): pictures in ink and captions that are all right, or how far
-pictures cover the outlines that were drawn.
+Quality: the embedded v1-ink and v1-edge carried from v1 to v2 at several strengths, with the
+pipeline's guidance of source and adapted model and without any, by the reader, with 95 % intervals
+(Wilson's): pictures in ink and captions that are all right, and how far pictures cover the outlines
+that were drawn.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ import sdcore
 from benchmarks import bench_patching, measure
 from benchmarks.bench_region_attention import wilson
 from benchmarks.measure import Row
-from sdcore import embedded
+from sdcore import embedded, figures
 from sdcore.embedded import FOLDER, evaluate, models, reader, world
 from sdcore.patching import Call
 
@@ -61,8 +62,10 @@ SD21 = {
     "use_linear_projection": True,
 }
 SCALES = {"sd": 0.18215, "xl": 0.13025}
-STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+# By the guidance of source and adapted model; None is the pipeline's.
+STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 1.5, 2.0, 3.0)}
 RANK = 16
+SHOWN = 5  # prompts, on a sheet
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,7 +310,7 @@ def cost(case: Case, device: str) -> list[Row]:
         "three calls, as published": AsPublished(*given, graphs=False),
         "DeltaSampling": sdcore.DeltaSampling(*given),
         "DeltaSampling, without graphs": sdcore.DeltaSampling(*given, graphs=False),
-        "DeltaSampling, conditional_only": sdcore.DeltaSampling(*given, conditional_only=True),
+        "DeltaSampling, guidance_scale=1": sdcore.DeltaSampling(*given, guidance_scale=1),
         "DeltaSampling, refresh_every=2": sdcore.DeltaSampling(*given, refresh_every=2),
     }
     taken = {name: step_of(case, method, device) for name, method in ways.items()}
@@ -345,39 +348,50 @@ def cost(case: Case, device: str) -> list[Row]:
 # Quality
 
 
-def quality(count: int, device: str) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
-    """Rows; and pictures of the first prompts, in ink and by outlines: plain v2, the adapted model
-    on v1, and each strength."""
+def quality(count: int, device: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """Rows; and, of v1-ink and of v1-edge, pictures [H, W, 3] of the first prompts, one below the
+    other: plain v2, the adapted model on v1, and each strength."""
     found = {name: embedded.load(name, device=device) for name in ("v1", "v2", "v1-ink", "v1-edge")}
-    ink = sdcore.LoRA(FOLDER / "v1-ink")
-    rows, shown = [], []
     scenes = world.scenes(count, evaluate.SEED + 7, held_out=True)
     rng = random.Random(evaluate.SEED)
     prompts = [world.caption(one, rng) for one in scenes]
     outlines = world.outlines(scenes)
+    rows, shown = [], {}
     for what in ("ink", "edge"):
-        plain = evaluate.generate(found["v2"], prompts, evaluate.SEED)
         drawn = outlines if what == "edge" else None
-        own = evaluate.generate(found[f"v1-{what}"], prompts, evaluate.SEED, drawn)
-        ways = {"plain v2": plain, f"v1-{what}": own}
-        for strength in STRENGTHS:
-            pictures = []
-            for first in range(0, count, evaluate.BATCH):
-                part = slice(first, first + evaluate.BATCH)
-                adapted = ink
-                if drawn is not None:
-                    image = outlines[part].expand(-1, 3, -1, -1)
-                    adapted = sdcore.Control(found["v1-edge"].controlnet, image)
-                method = sdcore.DeltaSampling(found["v1"], adapted, strength=strength)
-                with sdcore.patch(found["v2"], method):
-                    pictures.append(
-                        evaluate.generate(found["v2"], prompts[part], evaluate.SEED + first)
-                    )
-            ways[f"v1-{what} to v2, strength {strength:g}"] = torch.cat(pictures)
+        ways = {"plain v2": evaluate.generate(found["v2"], prompts, evaluate.SEED)}
+        own = f"v1-{what}"
+        ways[own] = evaluate.generate(found[own], prompts, evaluate.SEED, drawn)
+        for scale, strength in ((a, b) for a, several in STRENGTHS.items() for b in several):
+            guided = "" if scale is None else f"guidance_scale {scale}, "
+            options = {"strength": strength, "guidance_scale": scale}
+            ways[f"{own} to v2, {guided}strength {strength:g}"] = carried(
+                found, prompts, drawn, **options
+            )
         rows += [_judged(name, images, scenes, what) for name, images in ways.items()]
-        turns = [one for some in zip(*ways.values(), strict=True) for one in some]
-        shown.append(torch.stack(turns[: 4 * len(ways)]))
-    return rows, shown[0], shown[1]
+        shown[own] = {
+            name.removeprefix(f"{own} to v2, ").replace(", ", "\n"): images[:SHOWN]
+            .permute(0, 2, 3, 1)
+            .flatten(0, 1)
+            for name, images in ways.items()
+        }
+    return rows, shown
+
+
+def carried(
+    found: dict[str, Any], prompts: list[str], outlines: Tensor | None, **options: Any
+) -> Tensor:
+    """Pictures of v2 with what v1-ink adds to v1, or, with outlines, v1-edge."""
+    pictures = []
+    for first in range(0, len(prompts), evaluate.BATCH):
+        part = slice(first, first + evaluate.BATCH)
+        adapted: Any = sdcore.LoRA(FOLDER / "v1-ink")
+        if outlines is not None:
+            image = outlines[part].expand(-1, 3, -1, -1)
+            adapted = sdcore.Control(found["v1-edge"].controlnet, image)
+        with sdcore.patch(found["v2"], sdcore.DeltaSampling(found["v1"], adapted, **options)):
+            pictures.append(evaluate.generate(found["v2"], prompts[part], evaluate.SEED + first))
+    return torch.cat(pictures)
 
 
 def _judged(name: str, images: Tensor, scenes: list[world.Scene], what: str) -> dict[str, Any]:
@@ -410,14 +424,14 @@ def main() -> None:
             measure.report(more, given.csv, rows)
             rows += more
         return
-    lines, *shown = quality(given.count, given.device)
+    lines, shown = quality(given.count, given.device)
     measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])
     if given.csv:
         measure.write_csv(list(lines[0]), lines, given.csv)
     if given.sheets:
         given.sheets.mkdir(parents=True, exist_ok=True)
-        for what, pictures in zip(("ink", "edge"), shown, strict=True):
-            evaluate.save_sheet(pictures, given.sheets / f"delta-{what}.jpg")
+        for own, pictures in shown.items():
+            figures.draw_pictures(pictures).savefig(given.sheets / f"delta-{own}.png")
 
 
 if __name__ == "__main__":

@@ -171,9 +171,9 @@ def draw_pictures(named: dict[str, Tensor]) -> Figure:
     """Pictures [H, W, 3] side by side, each under its name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(2.2 * len(named), 2.7), dpi=110, facecolor="white", layout="constrained"
-    )
+    tallest = max(one.shape[0] / one.shape[1] for one in named.values())
+    size = 2.2 * len(named), 0.5 + 2.2 * tallest
+    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(named), squeeze=False)[0]
     for axes, (name, picture) in zip(panels, named.items(), strict=True):
         axes.imshow(picture.numpy())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdcore.graphs import Graphs, fits, module_state
 from sdcore.methods.lora import LoRA, plain, text_encoders, with_loras
 from sdcore.ops import delta_combine
-from sdcore.ops.delta_combine import PREDICTION_TYPES
+from sdcore.ops.delta_combine import PREDICTION_TYPES, Prediction
 from sdcore.patching import Call, Method, Run
 
 # Whose steps add noise of their own, which the state in another latent space would have to know.
@@ -74,8 +74,9 @@ class DeltaSampling(Method):
             was called with, without which (``prompt_embeds``) they must be given. Each model
             encodes them with its own text encoders, once a run.
         adapted_prompt, adapted_negative_prompt: what the adapted model is told, if not the same.
-        conditional_only: no delta for the unconditional branch: source and adapted compute half.
-            Another result.
+        guidance_scale: the scale at which source and adapted model are guided where the pipeline
+            is; default the pipeline's. Another result: a delta that the pipeline's guidance does
+            not amplify. At 1 they compute half, without negative prompts.
         refresh_every: source and adapted compute at each k-th step, between which the delta to the
             target's prediction stays. Another result.
         source_scale: the scaling factor of the source's latents; default its VAE's.
@@ -120,7 +121,7 @@ class DeltaSampling(Method):
         negative_prompt: str | Sequence[str] | None = None,
         adapted_prompt: str | Sequence[str] | None = None,
         adapted_negative_prompt: str | Sequence[str] | None = None,
-        conditional_only: bool = False,
+        guidance_scale: float | None = None,
         refresh_every: int = 1,
         source_scale: float | None = None,
         graphs: bool = True,
@@ -134,6 +135,8 @@ class DeltaSampling(Method):
             raise TypeError(f"refresh_every must be an int; got {refresh_every!r}")
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1; got {refresh_every}")
+        if guidance_scale is not None and not isinstance(guidance_scale, (int, float)):
+            raise TypeError(f"guidance_scale must be a number; got {guidance_scale!r}")
         if source_scale is not None and not source_scale > 0:
             raise ValueError(f"source_scale must be above 0; got {source_scale}")
         self.source = source
@@ -141,7 +144,7 @@ class DeltaSampling(Method):
         self.strength, self.span = strength, (start, end)
         self.prompts = (prompt, negative_prompt)
         self.adapted_prompts = (adapted_prompt, adapted_negative_prompt)
-        self.conditional_only, self.refresh_every = conditional_only, refresh_every
+        self.guidance_scale, self.refresh_every = guidance_scale, refresh_every
         self.source_scale, self.graphs = source_scale, graphs
         self._on: WeakKeyDictionary[Any, _Models] = WeakKeyDictionary()
 
@@ -177,7 +180,8 @@ class DeltaSampling(Method):
         # Summed in one launch each; looked at when the run is over, so that nothing waits.
         for name, one in (("source", source), ("adapted model", adapted), ("target", target)):
             state.finite.append((name, call.index, one.sum(dtype=torch.float32)))
-        out = models.combine(call, target, source, adapted, asked, strength)
+        legs = (_branches(one, call, self.guidance_scale) for one in (source, adapted))
+        out = models.combine(call, target, *legs, asked, strength)
         if self.refresh_every > 1:
             state.kept = (out - target) / strength
         return out
@@ -365,7 +369,7 @@ class _Models:
                 second = self._encoded(method, call, self.adapted, method.adapted_prompts)
             state.contexts, pictures = (first, second), len(first[0]) // 2
             state.images = [_shown(one, call, pictures) for one in self.adapted.controls]
-        rows = call.conditional if method.conditional_only else slice(0, len(call.sample))
+        rows = call.conditional if method.guidance_scale == 1 else slice(0, len(call.sample))
         # Of what is kept for a run, negative prompts come first: a call's rows are the last ones.
         count = rows.stop - rows.start
         legs = (self.source, self.adapted)
@@ -499,8 +503,8 @@ class _Models:
         self,
         call: Call,
         target: Tensor,
-        source: Tensor,
-        adapted: Tensor,
+        source: Prediction,
+        adapted: Prediction,
         asked: _Asked,
         strength: float,
     ) -> Tensor:
@@ -509,14 +513,15 @@ class _Models:
         channels = target.shape[1]
         sample = call.sample[:, :channels].to(target.dtype) if mixed else None
         state = asked.sample[:, :channels] if mixed else None
-        legs: list[Any] = [source, adapted]
-        if len(source) < len(target):  # the conditional ones
-            target = target[: len(source)], target[len(source) :]
-            legs = [(None, one) for one in legs]
-            sample = None if sample is None else sample[: len(source)]
+        if isinstance(source, tuple):
+            target = tuple(target.chunk(2))
+            if mixed:  # of both branches they are the same
+                count = len(source[0])
+                sample, state = sample[-count:], state[-count:]
         return delta_combine(
             target,
-            *legs,
+            source,
+            adapted,
             sample=sample,
             source_sample=state,
             alpha=call.alpha if mixed else None,
@@ -638,6 +643,17 @@ def _added(pooled: Tensor | None, call: Call, rows: slice) -> dict[str, Tensor] 
         "text_embeds": pooled[rows.start - rows.stop :],
         "time_ids": given[rows].to(pooled.dtype),
     }
+
+
+def _branches(found: Tensor, call: Call, scale: float | None) -> Prediction:
+    """What is guided by ``scale``, for both branches; or as it is."""
+    if scale is None or call.unconditional is None:
+        return found
+    guided = found
+    if scale != 1:
+        unconditional, conditional = found.float().chunk(2)
+        guided = torch.lerp(unconditional, conditional, scale)
+    return guided, guided
 
 
 def _of_rows(kept: Tensor, like: Tensor) -> Tensor:

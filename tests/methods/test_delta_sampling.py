@@ -433,8 +433,9 @@ def test_faster_with_another_result(models: dict[str, Any]) -> None:
     whole = carried(pipe, source, adapted)
     for options, wanted in (
         ({"refresh_every": 2}, [4, 4]),
-        ({"conditional_only": True}, [2] * STEPS),
-        ({"refresh_every": 3, "conditional_only": True}, [2, 2]),
+        ({"guidance_scale": 1}, [2] * STEPS),
+        ({"refresh_every": 3, "guidance_scale": 1}, [2, 2]),
+        ({"guidance_scale": 2.0}, [4] * STEPS),
         ({}, [4] * STEPS),
     ):
         rows = calls_of(
@@ -442,10 +443,30 @@ def test_faster_with_another_result(models: dict[str, Any]) -> None:
         )
         assert rows == wanted
     plain = images(pipe)
-    for options in ({"refresh_every": 2}, {"conditional_only": True}):
+    for options in ({"refresh_every": 2}, {"guidance_scale": 1}, {"guidance_scale": 2.0}):
         near = carried(pipe, source, adapted, **options)
         assert not torch.equal(near, whole)
         assert (near - whole).norm() < (plain - whole).norm()
+
+
+@pytest.mark.parametrize("target", ["v1", "v2", "xl"])
+def test_a_guidance_of_its_own(models: dict[str, Any], target: str) -> None:
+    pipe, source = models[target], models["v2"]
+    adapted = changed(source)
+    plain = images(pipe)
+    for scale, same in (
+        (SCALE, {}),
+        # One prompt for both branches leaves guidance nothing to do.
+        (1, {"prompt": PROMPTS, "negative_prompt": PROMPTS}),
+        (1.0, {"guidance_scale": 1}),
+    ):
+        found = carried(pipe, source, adapted, guidance_scale=scale)
+        wanted = carried(pipe, source, adapted, **same)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        assert (found - plain).abs().max() > 0.01
+    unguided = {"options": {"guidance_scale": 1.0}}
+    found = carried(pipe, source, adapted, guidance_scale=3.0, **unguided)
+    assert torch.equal(found, carried(pipe, source, adapted, **unguided))
 
 
 def test_with_other_methods(models: dict[str, Any]) -> None:
