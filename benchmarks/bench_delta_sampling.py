@@ -63,7 +63,7 @@ SD21 = {
 }
 SCALES = {"sd": 0.18215, "xl": 0.13025}
 # By the guidance of source and adapted model; None is the pipeline's.
-STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 1.5, 2.0, 3.0)}
+STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 2.0)}
 RANK = 16
 SHOWN = 5  # prompts, on a sheet
 
