@@ -1,8 +1,15 @@
 """The ops: public functions over flat ops registered with PyTorch."""
 
 from sdcore.ops.delta_combine import delta_combine
+from sdcore.ops.group_norm_silu import group_norm_silu
 from sdcore.ops.masked_cross_attention import masked_cross_attention
 from sdcore.ops.random_rotations import random_rotations
 from sdcore.ops.sliced_wasserstein import sliced_wasserstein
 
-__all__ = ["delta_combine", "masked_cross_attention", "random_rotations", "sliced_wasserstein"]
+__all__ = [
+    "delta_combine",
+    "group_norm_silu",
+    "masked_cross_attention",
+    "random_rotations",
+    "sliced_wasserstein",
+]

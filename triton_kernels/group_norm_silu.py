@@ -1,0 +1,459 @@
+"""Group normalization with SiLU in Triton; and its gradient.
+
+Either way has a pass that reads all and leaves sums for each channel of each part of the pixels, a
+small one that adds up a group's, and a pass that reads all again and writes. Tiles are pixels by
+channels; what lies side by side in memory, pixels or (channels last) channels, is their long side.
+The last pass goes through the tiles from the end: what was read last may still be in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values of a tile, that is of one step of a program, and its warps: 16 a thread, of which the
+# statistics keep two numbers each.
+TILE, WARPS = 4096, 8
+CHANNELS = 64  # of a tile, channels last: 128 bytes of a half type
+PROGRAMS = 4  # on each multiprocessor, of the passes that leave sums
+FINISH = 128  # parts that are added up at once
+
+
+@triton.jit
+def _base(b, first, channel, P, C, LAST: tl.constexpr):
+    """Where the tile from pixel ``first`` and ``channel`` begins."""
+    at = b.to(tl.int64) * C * P
+    if LAST:
+        return at + first.to(tl.int64) * C + channel
+    else:
+        return at + channel.to(tl.int64) * P + first
+
+
+@triton.jit
+def _places(P, C, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of a tile's values, from where it begins."""
+    p, c = tl.arange(0, PIXELS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    return p * C + c if LAST else c * P + p
+
+
+@triton.jit
+def _vector(pointer, at, inside, otherwise: tl.constexpr):
+    """Numbers of channels; of one that may be absent."""
+    if pointer is None:
+        return tl.full(at.shape, otherwise, tl.float32)
+    else:
+        return tl.load(pointer + at, inside, otherwise).to(tl.float32)
+
+
+@triton.jit
+def _joined(count, mean, square):
+    """Along the first axis: mean, and squares about it, of parts."""
+    total = tl.sum(count, 0)
+    whole = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    off = mean - whole[None, :]
+    return whole, tl.sum(square + count * off * off, 0)
+
+
+@triton.jit
+def _value(x, residual, at, inside):
+    """What is normalized."""
+    value = tl.load(x + at, inside, 0)
+    if residual is not None:
+        other = tl.load(residual + at, inside, 0).to(tl.float32)
+        value = (value.to(tl.float32) + other).to(x.dtype.element_ty)
+    return value
+
+
+@triton.jit
+def _origin(x, residual, b, c, P, C, width, LAST: tl.constexpr):
+    """The first value of each channel's group. All statistics are of what values are off it: of
+    values close to each other the differences are exact, and a mean of them has all its digits."""
+    first = c // width * width
+    at = b.to(tl.int64) * C * P + (first if LAST else first.to(tl.int64) * P)
+    return _value(x, residual, at, c < C).to(tl.float32)
+
+
+@triton.jit
+def _statistics(
+    x, residual, total, means, squares, P, C, width, length,
+    LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of each channel of a part of the pixels: the mean, and the sum of squares about it, by
+    Welford's updates in each place of the tile. With a residual, writes ``total``."""
+    part, b = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    there = tl.broadcast_to((c < C)[None, :], (PIXELS, CHANNELS))
+    places = _places(P, C, LAST, PIXELS, CHANNELS)
+    start = part * length
+    end = tl.minimum(start + length, P)
+    full = (end - start) // PIXELS
+    origin = _origin(x, residual, b, c, P, C, width, LAST)[None, :]
+    mean = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    square = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for tile in range(full):
+        at = _base(b, start + tile * PIXELS, channel, P, C, LAST) + places
+        value = _value(x, residual, at, there)
+        if residual is not None:
+            tl.store(total + at, value, there)
+        value = value.to(tl.float32) - origin
+        off = value - mean
+        mean += off * (1 / (tile + 1.0))
+        square += off * (value - mean)
+    first = start + full * PIXELS
+    valid = tl.broadcast_to(first + tl.arange(0, PIXELS)[:, None] < end, (PIXELS, CHANNELS))
+    count = full + valid.to(tl.float32)
+    if first < end:
+        at = _base(b, first, channel, P, C, LAST) + places
+        value = _value(x, residual, at, valid & there)
+        if residual is not None:
+            tl.store(total + at, value, valid & there)
+        value = value.to(tl.float32) - origin
+        off = value - mean
+        mean = tl.where(valid, mean + off * (1 / (full + 1.0)), mean)
+        square = tl.where(valid, square + off * (value - mean), square)
+    whole, about = _joined(count, mean, square)
+    at = (b.to(tl.int64) * tl.num_programs(0) + part) * C + c
+    tl.store(means + at, whole, c < C)
+    tl.store(squares + at, about, c < C)
+
+
+@triton.jit
+def _finish(
+    means, squares, shift, mean, rstd, eps, parts, length, P, C, width,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of a group: mean and 1 / sqrt(variance + eps), of all parts and channels."""
+    group, b = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, WIDTH)[None, :]
+    channels = group * width + c
+    added = _vector(shift, b * C + channels, c < width, 0.0)
+    sum_of_means, total = 0.0, 0.0
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & (c < width)
+        count = tl.where(inside, tl.minimum(length, P - part * length), 0).to(tl.float32)
+        at = (b.to(tl.int64) * parts + part) * C + channels
+        sum_of_means += tl.sum(count * (tl.load(means + at, inside, 0) + added))
+        total += tl.sum(count)
+    whole = sum_of_means / total
+    about = 0.0
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & (c < width)
+        count = tl.where(inside, tl.minimum(length, P - part * length), 0).to(tl.float32)
+        at = (b.to(tl.int64) * parts + part) * C + channels
+        off = tl.load(means + at, inside, 0) + added - whole
+        about += tl.sum(tl.load(squares + at, inside, 0) + count * off * off)
+    tl.store(mean + b * tl.num_programs(0) + group, whole)
+    tl.store(rstd + b * tl.num_programs(0) + group, 1 / tl.sqrt_rn(about / total + eps))
+
+
+@triton.jit
+def _channels(x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST: tl.constexpr):
+    """Of a channel: what is taken off its values, in two parts, what they are multiplied by, and
+    its weight and bias. The first part is near the values, and taking it off rounds only what is
+    far from it; the second is what the first lacks, as one number of float32."""
+    inside = c < C
+    group = b * groups + c // width
+    origin = _origin(x, None, b, c, P, C, width, LAST)
+    off = tl.load(mean + group, inside, 0) - _vector(shift, b * C + c, inside, 0.0)
+    center = origin + off
+    back = center - origin
+    rest = (origin - (center - back)) + (off - back)
+    scale = tl.load(rstd + group, inside, 0)
+    w, added = _vector(weight, c, inside, 1.0), _vector(bias, c, inside, 0.0)
+    return center[None, :], rest[None, :], scale[None, :], w[None, :], added[None, :]
+
+
+@triton.jit
+def _apply(
+    x, out, weight, bias, shift, mean, rstd, P, C, groups, width,
+    SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * PIXELS
+    b, channel = tl.program_id(2), tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    inside = (first + tl.arange(0, PIXELS)[:, None] < P) & (c < C)[None, :]
+    at = _base(b, first, channel, P, C, LAST) + _places(P, C, LAST, PIXELS, CHANNELS)
+    value = tl.load(x + at, inside, 0).to(tl.float32)
+    center, rest, scale, w, added = _channels(
+        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
+    )
+    z = (value - center - rest) * scale * w + added
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(out + at, z, inside)
+
+
+@triton.jit
+def _slope(grad, normal, w, added, SILU: tl.constexpr):
+    """The gradient to what SiLU is taken of."""
+    if SILU:
+        z = normal * w + added
+        s = tl.sigmoid(z)
+        grad = grad * s * (1 + z * (1 - s))
+    return grad
+
+
+@triton.jit
+def _sums(
+    grad, x, weight, bias, shift, mean, rstd, sums, P, C, groups, width, length,
+    SILU: tl.constexpr, NORMALS: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of each channel of a part of the pixels: the sums of the gradient before SiLU, of it times
+    the normalized values, and of these alone."""
+    part, b = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    there = (c < C)[None, :]
+    places = _places(P, C, LAST, PIXELS, CHANNELS)
+    center, rest, scale, w, added = _channels(
+        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
+    )
+    start = part * length
+    end = tl.minimum(start + length, P)
+    plain = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    times = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    normals = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for tile in range(tl.cdiv(end - start, PIXELS)):
+        first = start + tile * PIXELS
+        inside = (first + tl.arange(0, PIXELS)[:, None] < end) & there
+        at = _base(b, first, channel, P, C, LAST) + places
+        normal = (tl.load(x + at, inside, 0).to(tl.float32) - center - rest) * scale
+        slope = tl.load(grad + at, inside, 0).to(tl.float32)
+        slope = _slope(slope, normal, w, added, SILU)
+        plain += slope
+        times += slope * normal
+        if NORMALS:
+            normals += tl.where(inside, normal, 0)
+    _store(sums, 0, tl.sum(plain, 0), b, part, c, C)
+    _store(sums, 1, tl.sum(times, 0), b, part, c, C)
+    if NORMALS:
+        _store(sums, 2, tl.sum(normals, 0), b, part, c, C)
+
+
+@triton.jit
+def _store(sums, kind: tl.constexpr, value, b, part, c, C):
+    row = (kind * tl.num_programs(2) + b).to(tl.int64) * tl.num_programs(0) + part
+    tl.store(sums + row * C + c, value, c < C)
+
+
+@triton.jit
+def _added(sums, kind: tl.constexpr, b, channels, inside, parts, C, PARTS: tl.constexpr):
+    """A sum of ``_sums`` over all parts, for each channel."""
+    row = (kind * tl.num_programs(1) + b).to(tl.int64) * parts
+    found = tl.zeros(channels.shape, tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        at = (row + part) * C + channels[None, :]
+        found += tl.sum(tl.load(sums + at, (part < parts) & inside[None, :], 0), 0)
+    return found
+
+
+@triton.jit
+def _finish_backward(
+    sums, weight, rstd, pulls, to_weight, to_bias, to_shift, parts, P, C, width,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of a group: what all its values have in common in their gradients, and what they have in
+    proportion to the normalized ones; of its channels what this sample adds to the gradients to
+    weight, bias and shift."""
+    group, b = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, WIDTH)
+    inside, channels = c < width, group * width + c
+    w = _vector(weight, channels, inside, 1.0)
+    plain = _added(sums, 0, b, channels, inside, parts, C, PARTS)
+    times = _added(sums, 1, b, channels, inside, parts, C, PARTS)
+    share = 1 / (1.0 * P * width)
+    common = share * tl.sum(tl.where(inside, w * plain, 0))
+    along = share * tl.sum(tl.where(inside, w * times, 0))
+    at = b * tl.num_programs(0) + group
+    tl.store(pulls + 2 * at, common)
+    tl.store(pulls + 2 * at + 1, along)
+    at = b.to(tl.int64) * C + channels
+    if to_weight is not None:
+        tl.store(to_weight + at, times, inside)
+    if to_bias is not None:
+        tl.store(to_bias + at, plain, inside)
+    if to_shift is not None:
+        normals = _added(sums, 2, b, channels, inside, parts, C, PARTS)
+        scale = tl.load(rstd + b * tl.num_programs(0) + group)
+        tl.store(to_shift + at, scale * (w * plain - P * common - along * normals), inside)
+
+
+@triton.jit
+def _apply_backward(
+    grad, more, x, out, weight, bias, shift, mean, rstd, pulls, P, C, groups, width,
+    SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * PIXELS
+    b, channel = tl.program_id(2), tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    inside = (first + tl.arange(0, PIXELS)[:, None] < P) & (c < C)[None, :]
+    at = _base(b, first, channel, P, C, LAST) + _places(P, C, LAST, PIXELS, CHANNELS)
+    value = tl.load(x + at, inside, 0).to(tl.float32)
+    slope = tl.load(grad + at, inside, 0).to(tl.float32)
+    center, rest, scale, w, added = _channels(
+        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
+    )
+    group = 2 * (b * groups + c // width)
+    common = tl.load(pulls + group, c < C, 0)[None, :]
+    along = tl.load(pulls + group + 1, c < C, 0)[None, :]
+    normal = (value - center - rest) * scale
+    slope = _slope(slope, normal, w, added, SILU)
+    found = scale * (w * slope - common - along * normal)
+    if more is not None:
+        found += tl.load(more + at, inside, 0).to(tl.float32)
+    tl.store(out + at, found, inside)
+
+
+# ---------------------------------------------------------------------------------------------
+# Launchers
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why these kernels can't take it; None if they can."""
+    if x.dtype == torch.float64:
+        return "it takes no float64"
+    if x.ndim and x.shape[0] >= 2**16:
+        return "it takes at most 65,535 samples"
+    if x.numel() and x[0, 0].numel() >= 2**31:
+        return "a channel has 2^31 values or more"
+    return None
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 2  # in the interpreter: so few that programs take several tiles
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _tile(pixels: int, channels: int, last: bool) -> tuple[int, int]:
+    """Pixels and channels of a tile."""
+    if last:
+        wide = min(CHANNELS, triton.next_power_of_2(channels))
+        return TILE // wide, wide
+    long = min(TILE, triton.next_power_of_2(pixels))
+    return long, min(TILE // long, triton.next_power_of_2(channels))
+
+
+def _parts(x: Tensor, pixels: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Into how many parts pixels are divided, and how many are in one."""
+    batch, channels = x.shape[:2]
+    others = batch * triton.cdiv(channels, tile[1])
+    wanted = max(1, PROGRAMS * _multiprocessors(x) // others)
+    tiles = triton.cdiv(triton.cdiv(pixels, tile[0]), wanted)
+    length = tiles * tile[0]
+    return triton.cdiv(pixels, length), length
+
+
+def _finish_tile(parts: int, width: int) -> dict[str, int]:
+    wide = triton.next_power_of_2(width)
+    return {"WIDTH": wide, "PARTS": min(triton.next_power_of_2(parts), max(1, TILE // wide))}
+
+
+def forward(
+    out: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    last: bool,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> None:
+    """Writes the first four, of the flat op's arguments; ``last``: channels lie side by side."""
+    if x.numel() == 0:
+        mean.zero_()
+        rstd.zero_()
+        return
+    batch, channels = x.shape[:2]
+    pixels, width = x[0, 0].numel(), channels // groups
+    tile = _tile(pixels, channels, last)
+    kinds = {"LAST": last, "PIXELS": tile[0], "CHANNELS": tile[1], "num_warps": WARPS}
+    others = triton.cdiv(channels, tile[1]), batch
+    parts, length = _parts(x, pixels, tile)
+    means, squares = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
+    with _on(x):
+        _statistics[(parts, *others)](
+            x, residual, total if residual is not None else None, means, squares, pixels,
+            channels, width, length, **kinds,
+        )  # fmt: skip
+        _finish[(groups, batch)](
+            means, squares, shift, mean, rstd, eps, parts, length, pixels, channels, width,
+            **_finish_tile(parts, width), num_warps=4,
+        )  # fmt: skip
+        _apply[(triton.cdiv(pixels, tile[0]), *others)](
+            x if residual is None else total, out, weight, bias, shift, mean, rstd, pixels,
+            channels, groups, width, SILU=silu, **kinds,
+        )  # fmt: skip
+
+
+def backward(
+    found: Sequence[Tensor],
+    last: bool,
+    grad: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+) -> None:
+    """Writes those of ``found`` that are not empty: the gradients to x, weight, bias and shift."""
+    if x.numel() == 0:
+        for one in found:
+            one.zero_()
+        return
+    batch, channels = x.shape[:2]
+    pixels, width = x[0, 0].numel(), channels // groups
+    tile = _tile(pixels, channels, last)
+    kinds = {
+        "SILU": silu, "LAST": last, "PIXELS": tile[0], "CHANNELS": tile[1], "num_warps": WARPS,
+    }  # fmt: skip
+    others = triton.cdiv(channels, tile[1]), batch
+    parts, length = _parts(x, pixels, tile)
+    to_x, *vectors = found
+    shifted = vectors[2].numel() > 0
+    sums = x.new_empty((2 + shifted, batch, parts, channels), dtype=torch.float32)
+    pulls = x.new_empty((batch, groups, 2), dtype=torch.float32)
+    each = [
+        x.new_empty((batch, channels), dtype=torch.float32) if one.numel() else None
+        for one in vectors
+    ]
+    given = weight, bias, shift, mean, rstd
+    with _on(x):
+        _sums[(parts, *others)](
+            grad, x, *given, sums, pixels, channels, groups, width, length, NORMALS=shifted,
+            **kinds,
+        )  # fmt: skip
+        _finish_backward[(groups, batch)](
+            sums, weight, rstd, pulls, *each, parts, pixels, channels, width,
+            **_finish_tile(parts, width), num_warps=4,
+        )  # fmt: skip
+        if to_x.numel():
+            _apply_backward[(triton.cdiv(pixels, tile[0]), *others)](
+                grad, more, x, to_x, *given, pulls, pixels, channels, groups, width, **kinds
+            )  # fmt: skip
+    for one, of_samples in zip(vectors, each, strict=True):
+        if of_samples is not None:
+            one.copy_(of_samples if one.ndim == 2 else of_samples.sum(0))
