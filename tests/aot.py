@@ -28,7 +28,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sdcore.ops.layouts import joint
-from sdcore.triton_kernels import delta_combine, masked_cross_attention, sliced_wasserstein
+from sdcore.triton_kernels import (
+    delta_combine,
+    group_norm_silu,
+    masked_cross_attention,
+    sliced_wasserstein,
+)
 
 KIB = 1024
 # Chip: its target, and the shared memory that one program may have.
@@ -172,6 +177,24 @@ def run_delta(dtype: torch.dtype, size: int, types: Sequence[int], last: bool) -
     delta_combine.combine((out, None), *rest, 0.7, types, True, 2)
 
 
+def run_group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool, more: bool) -> None:
+    """``more``: with a shift, a residual, and gradients to all."""
+    format = torch.channels_last if last else torch.contiguous_format
+    x, out, total = (torch.empty(shape, dtype=dtype, memory_format=format) for _ in range(3))
+    weight, bias = torch.empty(2, shape[1], dtype=dtype)
+    shift = torch.empty(shape[:2], dtype=dtype) if more else None
+    mean, rstd = torch.empty(2, len(x), 32)
+    vectors = weight, bias, shift
+    none = torch.empty(0)
+    group_norm_silu.forward(
+        out, total, mean, rstd, last, x, total if more else None, *vectors, 32, 1e-5, True
+    )
+    found = [out, *vectors] if more else [out, none, none, none]
+    group_norm_silu.backward(
+        found, last, x, total if more else None, x, *vectors, mean, rstd, 32, True
+    )
+
+
 def record(ptx: bool, chip: str) -> list[Launch]:
     """All distinct launches of all cases, with PTX or without, that this chip would be given."""
     target, limit = CHIPS[chip]
@@ -185,6 +208,7 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         mock.patch.object(sliced_wasserstein, "speaks_ptx", lambda tensor: ptx),
         mock.patch.object(sliced_wasserstein, "_multiprocessors", lambda tensor: 132),
         mock.patch.object(masked_cross_attention, "_multiprocessors", lambda tensor: 132),
+        mock.patch.object(group_norm_silu, "_multiprocessors", lambda tensor: 132),
         mock.patch.object(masked_cross_attention, "_shared_memory", lambda tensor: limit),
         mock.patch.object(
             masked_cross_attention,
@@ -201,6 +225,9 @@ def record(ptx: bool, chip: str) -> list[Launch]:
             run_sliced_wasserstein(*case)
         run_delta(torch.bfloat16, 1, (1, 0, 0), False)
         run_delta(torch.float16, 64, (0, 0, 0), True)
+        for last in (False, True):
+            run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
+            run_group_norm(torch.float32, (2, 320, 128, 128), last, True)
     return list(found)
 
 

@@ -10,6 +10,7 @@
 
 #include "../arguments.h"
 #include "delta_combine.h"
+#include "group_norm_silu.h"
 #include "sliced_wasserstein.h"
 
 namespace py = pybind11;
@@ -102,12 +103,64 @@ void delta(const std::array<ValuesArgument, sdcore::kParts>& parts, const Values
   run(arguments);
 }
 
+sdcore::GroupNormArguments to_norm(const std::string& format,
+                                   const std::array<int64_t, 4>& sizes, bool last, bool silu,
+                                   double eps, const std::array<Address, 9>& tensors, int threads) {
+  const auto& [batch, channels, pixels, groups] = sizes;
+  const auto& [x, residual, total, out, weight, bias, shift, mean, rstd] = tensors;
+  return {sdcore::to_format(format),
+          batch,
+          channels,
+          pixels,
+          groups,
+          last,
+          silu,
+          eps,
+          at<void>(x),
+          at<void>(residual),
+          at<void>(total),
+          at<void>(out),
+          at<double>(weight),
+          at<double>(bias),
+          at<double>(shift),
+          at<double>(mean),
+          at<double>(rstd),
+          threads};
+}
+
+// sizes: batch, channels, pixels, groups. tensors: as in GroupNormArguments.
+void group_norm(const std::string& format, const std::array<int64_t, 4>& sizes, bool last,
+                bool silu, double eps, const std::array<Address, 9>& tensors, int threads) {
+  const auto arguments = to_norm(format, sizes, last, silu, eps, tensors, threads);
+  const py::gil_scoped_release release;
+  sdcore::group_norm_silu(arguments);
+}
+
+// gradients: grad, more, to_x, to_weight, to_bias, to_shift.
+void group_norm_backward(const std::string& format, const std::array<int64_t, 4>& sizes, bool last,
+                         bool silu, double eps, const std::array<Address, 9>& tensors, int threads,
+                         const std::array<Address, 6>& gradients) {
+  const auto& [grad, more, to_x, to_weight, to_bias, to_shift] = gradients;
+  const sdcore::GroupNormBackwardArguments arguments{
+      to_norm(format, sizes, last, silu, eps, tensors, threads),
+      at<void>(grad),
+      at<void>(more),
+      at<void>(to_x),
+      at<double>(to_weight),
+      at<double>(to_bias),
+      at<double>(to_shift)};
+  const py::gil_scoped_release release;
+  sdcore::group_norm_silu_backward(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("version") = SDCORE_VERSION;
   m.def("delta_combine", &delta<sdcore::delta_combine>);
   m.def("delta_combine_backward", &delta<sdcore::delta_combine_backward>);
+  m.def("group_norm_silu", &group_norm);
+  m.def("group_norm_silu_backward", &group_norm_backward);
   m.def("sliced_wasserstein_binned", &binned);
   m.def("sliced_wasserstein_binned_backward", &binned_backward);
   m.def("sliced_wasserstein_exact", &exact);

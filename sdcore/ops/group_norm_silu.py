@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdcore import backends
 from sdcore.ops import registration
+from sdcore.ops.pointers import address
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -376,4 +377,76 @@ def _backward_triton(*args: Any) -> list[Tensor]:
 
     found = _fake_backward(*args)
     kernels.backward(found, _channels_last(args[2]), *args[:-1])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# C++
+
+
+def _described(
+    x: Tensor, vectors: Sequence[Tensor | None], groups: int, eps: float, silu: bool, *whole: Any
+) -> tuple[Any, ...]:
+    """What both C++ functions are told; ``whole``: residual, total and out. Vectors, and groups'
+    means and deviations, are doubles."""
+    sizes = [*x.shape[:2], x.numel() // (x.shape[0] * x.shape[1]), groups]
+    tensors = [address(one) for one in (x, *whole, *vectors)]
+    name = str(x.dtype).removeprefix("torch.")
+    return name, sizes, _channels_last(x), silu, eps, tensors, torch.get_num_threads()
+
+
+def _doubles(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if one is None else one.double().contiguous() for one in vectors]
+
+
+@backends.register("group_norm_silu", "cpp")
+def _cpp(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, total, mean, rstd = _fake(x, residual, weight, bias, shift, groups, eps, silu)
+    if x.numel() == 0:
+        return out, total, mean.zero_(), rstd.zero_()
+    found = [torch.empty_like(one, dtype=torch.float64) for one in (mean, rstd)]
+    vectors = [*_doubles(weight, bias, shift), *found]
+    whole = residual, None if residual is None else total, out
+    backends.cpu_module().group_norm_silu(*_described(x, vectors, groups, eps, silu, *whole))
+    return out, total, mean.copy_(found[0]), rstd.copy_(found[1])
+
+
+@backends.register("group_norm_silu_backward", "cpp")
+def _backward_cpp(
+    grad: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    found = _fake_backward(grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs)
+    if x.numel() == 0:
+        return [one.zero_() for one in found]
+    vectors = _doubles(weight, bias, shift, mean, rstd)
+    each = [
+        x.new_empty(x.shape[:2], dtype=torch.float64) if one.numel() else None for one in found[1:]
+    ]
+    to_x = found[0] if needs[0] else None
+    backends.cpu_module().group_norm_silu_backward(
+        *_described(x, vectors, groups, 0.0, silu, None, None, None),
+        [address(one) for one in (grad, more, to_x, *each)],
+    )
+    for one, of_samples in zip(found[1:], each, strict=True):
+        if of_samples is not None:
+            one.copy_(of_samples if one.ndim == 2 else of_samples.sum(0))
     return found

@@ -12,8 +12,8 @@ from sdcore.ops import group_norm_silu
 from sdcore.ops.group_norm_silu import reference
 from tests.platforms import Platform, platforms
 
-ALL = platforms("reference", "triton")
-PLAIN = platforms("reference")
+ALL = platforms("reference", "cpp", "triton")
+PLAIN = platforms("reference", "cpp")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("x", "weight", "bias", "shift", "residual")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -326,7 +326,7 @@ def test_opcheck(platform: Platform) -> None:
             torch.library.opcheck(op, (args[0], None, None, None, None, 2, 1e-5, False))
 
 
-@pytest.mark.parametrize("platform", platforms("reference") + platforms("triton")[1:])
+@pytest.mark.parametrize("platform", platforms("reference", "cpp") + platforms("triton")[1:])
 def test_compiles_without_a_break(platform: Platform) -> None:
     given = cast(some((2, 8, 6, 5)), torch.float32, platform.device)
 
