@@ -29,10 +29,12 @@ from triton.runtime.jit import JITFunction
 
 from sdcore.ops.layouts import joint
 from sdcore.triton_kernels import (
+    chips,
     delta_combine,
     group_norm_silu,
     masked_cross_attention,
     sliced_wasserstein,
+    wide_attention,
 )
 
 KIB = 1024
@@ -195,6 +197,13 @@ def run_group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool, more:
     )
 
 
+def run_wide_attention(dtype: torch.dtype) -> None:
+    q, k, v = (torch.empty(1, 9216, 512, dtype=dtype) for _ in range(3))
+    p = torch.empty(1, 1024, 9216, dtype=dtype)
+    wide_attention.probabilities(q[:, :1024], k, 0.04, p)
+    wide_attention.pulls(q[:, :1024], v, p, torch.empty(1, 1024, 1), 0.04)
+
+
 def record(ptx: bool, chip: str) -> list[Launch]:
     """All distinct launches of all cases, with PTX or without, that this chip would be given."""
     target, limit = CHIPS[chip]
@@ -206,16 +215,14 @@ def record(ptx: bool, chip: str) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(sliced_wasserstein, "speaks_ptx", lambda tensor: ptx),
-        mock.patch.object(sliced_wasserstein, "_multiprocessors", lambda tensor: 132),
-        mock.patch.object(masked_cross_attention, "_multiprocessors", lambda tensor: 132),
-        mock.patch.object(group_norm_silu, "_multiprocessors", lambda tensor: 132),
-        mock.patch.object(masked_cross_attention, "_shared_memory", lambda tensor: limit),
+        mock.patch.object(chips, "multiprocessors", lambda tensor: 132),
+        mock.patch.object(chips, "amd", lambda: target.backend == "hip"),
         mock.patch.object(
-            masked_cross_attention,
-            "_generation",
+            chips,
+            "generation",
             lambda tensor: target.arch // 10 if target.backend == "cuda" else 0,
         ),
-        mock.patch.object(masked_cross_attention, "amd", lambda: target.backend == "hip"),
+        mock.patch.object(masked_cross_attention, "_shared_memory", lambda tensor: limit),
     ):
         for dtype, d, tokens, *others in attention_cases(chip):
             q = torch.empty(1, 1, 1, d, dtype=dtype)
@@ -228,6 +235,8 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         for last in (False, True):
             run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
             run_group_norm(torch.float32, (2, 320, 128, 128), last, True)
+        run_wide_attention(torch.bfloat16)
+        run_wide_attention(torch.float32)
     return list(found)
 
 

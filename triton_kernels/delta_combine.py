@@ -8,13 +8,14 @@ blocks, and each program of the second adds up those of its sample, in one order
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sdcore.triton_kernels import chips
 
 # Values of one program. At (1, 4, 128, 128) it has to fill the chip, at larger ones its latency has
 # to be hidden: each thread then has eight.
@@ -328,10 +329,6 @@ def _steps(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if one is None else one.stride(0) for one in tensors]
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _block(values: int) -> int:
     return SMALL_BLOCK if values <= FEW else BLOCK
 
@@ -357,7 +354,7 @@ def combine(
         return
     kinds = dict(zip("TSA", types, strict=True)) | {"ALONE": rows == 1}
     sums, chunks = None, 0
-    with _on(target):
+    with chips.on(target):
         if rescale:
             chunks = min(MOST_CHUNKS, triton.cdiv(n, SUMS_BLOCK))
             sums = target.new_empty((rows, chunks, 5), dtype=torch.float32)
@@ -394,7 +391,7 @@ def backward(
     if n == 0:
         return
     block = _block(rows * n)
-    with _on(like):
+    with chips.on(like):
         _combine_backward[(triton.cdiv(n, block), rows)](
             *halves, *found, *scalars, *_steps([halves[0], *found]), *_steps(scalars), strength,
             guidance, n, **dict(zip("TSA", types, strict=True)), GUIDED=guided, OUTPUT=output,

@@ -8,13 +8,14 @@ The last pass goes through the tiles from the end: what was read last may still 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sdcore.triton_kernels import chips
 
 # Values of a tile, that is of one step of a program, and its warps: 16 a thread, of which the
 # statistics keep two numbers each.
@@ -329,16 +330,6 @@ def refuses(x: Tensor) -> str | None:
     return None
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _multiprocessors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return 2  # in the interpreter: so few that programs take several tiles
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
 def _tile(pixels: int, channels: int, last: bool) -> tuple[int, int]:
     """Pixels and channels of a tile."""
     if last:
@@ -352,7 +343,7 @@ def _parts(x: Tensor, pixels: int, tile: tuple[int, int]) -> tuple[int, int]:
     """Into how many parts pixels are divided, and how many are in one."""
     batch, channels = x.shape[:2]
     others = batch * triton.cdiv(channels, tile[1])
-    wanted = max(1, PROGRAMS * _multiprocessors(x) // others)
+    wanted = max(1, PROGRAMS * chips.multiprocessors(x) // others)
     tiles = triton.cdiv(triton.cdiv(pixels, tile[0]), wanted)
     length = tiles * tile[0]
     return triton.cdiv(pixels, length), length
@@ -390,7 +381,7 @@ def forward(
     others = triton.cdiv(channels, tile[1]), batch
     parts, length = _parts(x, pixels, tile)
     means, squares = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
-    with _on(x):
+    with chips.on(x):
         _statistics[(parts, *others)](
             x, residual, total if residual is not None else None, means, squares, pixels,
             channels, width, length, **kinds,
@@ -441,7 +432,7 @@ def backward(
         for one in vectors
     ]
     given = weight, bias, shift, mean, rstd
-    with _on(x):
+    with chips.on(x):
         _sums[(parts, *others)](
             grad, x, *given, sums, pixels, channels, groups, width, length, NORMALS=shifted,
             **kinds,

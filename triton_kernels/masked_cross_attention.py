@@ -9,7 +9,6 @@ q [B, H, N, D], k [B / share, H, T, D], v [B / share, H, T, DV], in any strides 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sdcore.triton_kernels import chips
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST_TOKENS = 320
@@ -834,13 +835,13 @@ def backward_tile(
 ) -> Tile:
     """The same, for the gradients; ``added``: with a mask that is added, whose tile takes room;
     ``single``: with one segment, for more of which there is less room."""
-    wide = q.dtype != torch.float32 and single and not added and _generation(q) in (9, 10)
+    wide = q.dtype != torch.float32 and single and not added and chips.generation(q) in (9, 10)
     fits = WIDE_BACKWARD if wide else BACKWARD
     tile = _tile(fits, q.dtype, tokens, width * (2 if added else 1))
     if not single:
         tile = replace(tile, n=min(tile.n, 32))
     # Of AMD's wider warps, four hold what eight do here, and eight spill.
-    return replace(tile, warps=4) if amd() else tile
+    return replace(tile, warps=4) if chips.amd() else tile
 
 
 def _tile(
@@ -851,17 +852,6 @@ def _tile(
     return Tile(n, *token_tiles(tokens), *others)
 
 
-def amd() -> bool:
-    return torch.version.hip is not None
-
-
-def _generation(tensor: Tensor) -> int:
-    """Of NVIDIA's chips: 9 is Hopper, 10 Blackwell; 0 of others, and in the interpreter."""
-    if amd() or not tensor.is_cuda:
-        return 0
-    return torch.cuda.get_device_capability(tensor.device)[0]
-
-
 def refuses(q: Tensor, tokens: int, width: int) -> str | None:
     """Why these kernels can't take q [B, H, N, D] and so many tokens of this width; or None."""
     if q.dtype == torch.float64:
@@ -869,7 +859,7 @@ def refuses(q: Tensor, tokens: int, width: int) -> str | None:
     if tokens > MOST_TOKENS:
         return f"it takes up to {MOST_TOKENS} tokens, and these are {tokens}"
     wider = max(q.shape[-1], width)
-    if amd():
+    if chips.amd():
         if tokens > 96 or _size(q.dtype, tokens, wider) > AMD_SIZE:
             return f"on AMD's chips it takes no {tokens} tokens of {wider} numbers"
         return None
@@ -892,16 +882,6 @@ def _shared_memory(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 1 << 30  # in the interpreter
     return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
-
-
-def _multiprocessors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return 2  # in the interpreter: so few that programs take several tiles
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _rowwise(tensor: Tensor) -> Tensor:
@@ -952,11 +932,11 @@ def forward(
         _contiguous, (bits, pixels, tokens, phi, psi, weights)
     )
     tile = forward_tile(q.dtype, count, max(d, width))
-    if batch * heads * triton.cdiv(n, tile.n) >= LONG * tile.programs * _multiprocessors(q):
+    if batch * heads * triton.cdiv(n, tile.n) >= LONG * tile.programs * chips.multiprocessors(q):
         tile = replace(tile, programs=min(tile.programs, 4))
     added = None if bias is None else bias.expand(batch, heads, n, count)
     chunks = _chunks(q, batch * heads, triton.cdiv(n, tile.n), tile.programs, LOAD)
-    with _on(q):
+    with chips.on(q):
         if phi is not None:
             _gates(gates, phi, psi, gate_bias, q.dtype, count)
             bits = gates
@@ -993,7 +973,7 @@ def _gates(
         gates, phi, psi, _or(gate_bias, phi), _batch_stride(phi), _batch_stride(psi), n, T=count,
         R=features, BLOCK_R=_block(features), BLOCK_N=GATE_ROWS, BLOCK_T0=token_tiles(count)[0],
         BLOCK_T1=token_tiles(count)[1], BIASED=gate_bias is not None, EVEN=n % GATE_ROWS == 0,
-        PRECISION=_precision(dtype), EARLY=_overlaps(phi), num_warps=GATE_WARPS,
+        PRECISION=chips.precision(dtype), EARLY=_overlaps(phi), num_warps=GATE_WARPS,
     )  # fmt: skip
 
 
@@ -1012,14 +992,14 @@ def _overlapping(tensor: Tensor, name: str, wanted: bool) -> dict[str, bool]:
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether the chip has programmatic dependent launch."""
-    return _generation(tensor) >= 9
+    return chips.generation(tensor) >= 9
 
 
 def _registers(q: Tensor, tile: Tile, pixels: Tensor | None, wanted: bool) -> dict[str, int]:
     """The option by which a program takes so few that a multiprocessor does hold ``programs``, on
     the chip for which it was seen that none spill then."""
     narrow = pixels is None or pixels.element_size() <= 4
-    if not wanted or not narrow or _generation(q) != 9:
+    if not wanted or not narrow or chips.generation(q) != 9:
         return {}
     each = REGISTERS // (32 * tile.warps * tile.programs)
     return {"maxnreg": min(255, each // 8 * 8)}
@@ -1036,10 +1016,6 @@ def _block(width: int) -> int:
 def _aligned(tensor: Tensor) -> bool:
     """Whether each head's rows begin at multiples of eight numbers."""
     return tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in tensor.stride()[:3])
-
-
-def _exactly() -> str:
-    return "ieee" if amd() else "tf32x3"
 
 
 def _common(
@@ -1062,8 +1038,8 @@ def _common(
         "WEIGHTS": weights is not None,
         "EVEN": q.shape[2] % tile.n == 0,
         "ALIGNED": all(map(_aligned, heads)),
-        "PRECISION": _precision(q.dtype),
-        "PTX": _generation(q) > 0,
+        "PRECISION": chips.precision(q.dtype),
+        "PTX": chips.generation(q) > 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -1071,11 +1047,6 @@ def _common(
 
 def _words(bits: Tensor | None, pixels: Tensor | None) -> int:
     return 1 if pixels is not None else 0 if bits is None else bits.shape[-1]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """As exact as PyTorch, which does not multiply in TF32 unless asked for."""
-    return _exactly() if dtype == torch.float32 else "tf32"
 
 
 def backward(
@@ -1118,7 +1089,7 @@ def backward(
     wants = [(need_q, need_k, need_v)]
     if need_k and need_v and _size(q.dtype, count, max(d, width)) > BOTH_SIZE:
         wants = [(need_q, True, False), (False, False, True)]
-    with _on(q):
+    with chips.on(q):
         for want_q, want_k, want_v in wants:
             _backward[(chunks, heads, batch)](
                 grad, q, k, v, dq, parts_k, parts_v, _or(marks, q), _or(tokens, q),
@@ -1144,7 +1115,7 @@ def _chunks(q: Tensor, each: int, most: int, programs: int, extra: int) -> int:
     """Into how many programs to part the ``most`` tiles of each of ``each`` heads, so that all take
     the least time: a multiprocessor holds ``programs``, and what one does besides takes as long as
     ``extra`` tiles."""
-    slots = programs * _multiprocessors(q)
+    slots = programs * chips.multiprocessors(q)
 
     def time(chunks: int) -> float:
         return triton.cdiv(each * chunks, slots) * (most / chunks + extra)
@@ -1214,7 +1185,7 @@ def scores_backward(
     dbias = empty(need_bias, batch, groups, n, count)
     dweights = empty(need_weights, batch, groups, pieces, n)
     if grad.numel():
-        with _on(q):
+        with chips.on(q):
             _scores_backward[(chunks, groups, batch)](
                 grad, q, k, v, _or(marks, q), _or(tokens, q), _or(phi, q),
                 _or(psi, q), _or(gate_bias, q), _or(added, q), _or(weights, q),
@@ -1228,7 +1199,7 @@ def scores_backward(
                 HEADS=heads // groups, SEGMENTS=tuple(segments), GATE=need_gate,
                 GATE_BIASED=gate_bias is not None, MULTIPLICATIVE=multiplicative and need_gate,
                 NEED_BIAS=need_bias, NEED_WEIGHTS=need_weights,
-                WIDE=_exactly() if q.dtype == torch.float32 else "tf32",
+                WIDE=chips.precision(q.dtype),
                 **_common((q, k, v, grad), tile, bits, pixels, bias, weights),
             )  # fmt: skip
     return dphi, dpsi, dshift, dbias, dweights

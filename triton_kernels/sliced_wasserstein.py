@@ -10,13 +10,14 @@ Points are read in any strides and dtype; arithmetic is that of ``directions``.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sdcore.triton_kernels import chips
 
 # Points of up to this many coordinates are projected in the kernels, in registers. Beyond, a
 # matrix product projects them, a bounded number of points at a time.
@@ -699,7 +700,7 @@ def binned(
     tables = [directions.new_empty(batch, count_l, bins) for _ in range(2)]
     if batch == 0:
         return values, *tables, directions.new_empty(0, count_l, 2)
-    with _on(x):
+    with chips.on(x):
         edges = _edges(directions, value_range, batch)
         if value_range is None:
             for points in (x, y):
@@ -726,7 +727,7 @@ def histogram(
     directions = directions.contiguous()
     if batch == 0:
         return directions.new_empty(0, count_l, bins, dtype=torch.int64)
-    with _on(points):
+    with chips.on(points):
         edges = _edges(directions, value_range, batch)
         poison = torch.zeros(batch, count_l, dtype=torch.int32, device=points.device)
         masses = _histogram(points, directions, weights, edges, poison, bins)
@@ -748,7 +749,7 @@ def binned_to(
     tables = [directions.new_empty(batch, count_l, bins) for _ in range(2)]
     if batch == 0:
         return values, tables[0], directions.new_empty(0, count_l, 2)
-    with _on(x):
+    with chips.on(x):
         edges = _edges(directions, value_range, batch)
         masses_y = histogram_y.expand(batch, -1, -1).contiguous()
         poison = (masses_y[..., 0] < 0).to(torch.int32).contiguous()
@@ -774,7 +775,7 @@ def binned_backward(
     grad, directions = grad.contiguous(), directions.contiguous()
     table, edges = table.contiguous(), edges.contiguous()
     count_l, bins = table.shape[1:]
-    with _on(points):
+    with chips.on(points):
         if d <= MOST_COORDINATES:
             tables = _tables_shared(table)
             if tables:
@@ -810,11 +811,6 @@ def binned_backward(
 def _tile(tile: tuple[int, int], directions: Tensor) -> tuple[int, int]:
     """Directions and points of a program. Float64 numbers and divisions take more registers."""
     return (tile[0], tile[1] // 4) if directions.dtype == torch.float64 else tile
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the tensor's device (on a CPU, to the interpreter)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _projected(points: Tensor, directions: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -879,7 +875,7 @@ def _histogram(
         if weights is not None:
             long, registers = long // 2, SHARED_HISTOGRAM_REGISTERS_WEIGHTED
         groups = triton.cdiv(count_l, group)
-        programs = SHARED_HISTOGRAM_PROGRAMS * _multiprocessors(points)
+        programs = SHARED_HISTOGRAM_PROGRAMS * chips.multiprocessors(points)
         chunks = max(1, min(programs // (groups * batch), triton.cdiv(count_n, long)))
         each = triton.cdiv(triton.cdiv(count_n, chunks), long) * long
         shared_histogram_kernel[(chunks * batch, groups)](
@@ -935,10 +931,6 @@ def _tables_shared(table: Tensor) -> int:
 def _chunks(bins: int) -> int:
     """Copies of 16 bytes for a table: a power of two, and one or more a thread."""
     return max(triton.next_power_of_2(triton.cdiv(bins, 4)), 32 * SHARED_BACKWARD_WARPS)
-
-
-def _multiprocessors(tensor: Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def _solve_1(

@@ -165,11 +165,11 @@ class Sums {
 
 // e to the power of each value, to some 1e-7 of it; of what would overflow, or be no normal number,
 // the largest or least that is none of it. NaN stays.
-SDCORE_INLINE Simd<float>::Vector exponential(Simd<float>::Vector x) {
+SDCORE_INLINE Simd<float>::Vector exponential(const Simd<float>::Vector& power_of_e) {
   using Vector = Simd<float>::Vector;
   using Index = Simd<float>::Index;
   const Vector low = Vector{} - 87.0f, high = Vector{} + 88.0f;
-  x = x < low ? low : x;
+  Vector x = power_of_e < low ? low : power_of_e;
   x = x > high ? high : x;
   const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
   const Vector n = (x * 1.44269504f + magic) - magic;

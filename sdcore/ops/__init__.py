@@ -5,6 +5,7 @@ from sdcore.ops.group_norm_silu import group_norm_silu
 from sdcore.ops.masked_cross_attention import masked_cross_attention
 from sdcore.ops.random_rotations import random_rotations
 from sdcore.ops.sliced_wasserstein import sliced_wasserstein
+from sdcore.ops.wide_attention import wide_attention
 
 __all__ = [
     "delta_combine",
@@ -12,4 +13,5 @@ __all__ = [
     "masked_cross_attention",
     "random_rotations",
     "sliced_wasserstein",
+    "wide_attention",
 ]
