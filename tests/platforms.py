@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import Tensor
 
 import sdcore
 
@@ -39,3 +42,28 @@ def _param(device: str, name: str) -> object:
     if (device, name) == ("cpu", "triton"):
         marks.append(pytest.mark.interpreter)
     return pytest.param(Platform(device, name), id=f"{device}-{name}", marks=marks)
+
+
+def assert_replays(function: Callable[[], Sequence[Tensor]]) -> None:
+    """On a GPU: it repeats bit for bit, waits for nothing, and does the same from a CUDA graph. Its
+    results must be without history, which would keep gradients on the stream of the call."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        wanted = function()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for one, other in zip(again, wanted, strict=True):
+            assert one.equal(other)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = function()
+        for one in found:
+            one.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.equal(other)

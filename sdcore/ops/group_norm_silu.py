@@ -269,17 +269,9 @@ def _origin(x: Tensor, groups: int) -> Tensor:
 
 
 @backends.register("group_norm_silu", "reference")
-def _plain(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, total, mean, rstd = _fake(x, residual, weight, bias, shift, groups, eps, silu)
+def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, shift, groups, eps, silu = args
+    out, total, mean, rstd = _fake(*args)
     if residual is not None:
         torch.add(x, residual, out=total)
         x = total
@@ -302,20 +294,9 @@ def _plain(
 
 
 @backends.register("group_norm_silu_backward", "reference")
-def _plain_backward(
-    grad: Tensor,
-    more: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    found = _fake_backward(grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs)
+def _plain_backward(*args: Any) -> list[Tensor]:
+    grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs = args
+    found = _fake_backward(*args)
     if x.numel() == 0:
         return [one.zero_() for one in found]
     wide = _wide(x.dtype)
@@ -400,17 +381,9 @@ def _doubles(*vectors: Tensor | None) -> list[Tensor | None]:
 
 
 @backends.register("group_norm_silu", "cpp")
-def _cpp(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, total, mean, rstd = _fake(x, residual, weight, bias, shift, groups, eps, silu)
+def _cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, shift, groups, eps, silu = args
+    out, total, mean, rstd = _fake(*args)
     if x.numel() == 0:
         return out, total, mean.zero_(), rstd.zero_()
     found = [torch.empty_like(one, dtype=torch.float64) for one in (mean, rstd)]
@@ -421,20 +394,9 @@ def _cpp(
 
 
 @backends.register("group_norm_silu_backward", "cpp")
-def _backward_cpp(
-    grad: Tensor,
-    more: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    found = _fake_backward(grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs)
+def _backward_cpp(*args: Any) -> list[Tensor]:
+    grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs = args
+    found = _fake_backward(*args)
     if x.numel() == 0:
         return [one.zero_() for one in found]
     vectors = _doubles(weight, bias, shift, mean, rstd)

@@ -12,7 +12,7 @@ import sdcore
 from sdcore.masks import GateMask, RegionMask, TokenBits
 from sdcore.ops import masked_cross_attention
 from sdcore.ops.masked_cross_attention import reference
-from tests.platforms import Platform, platforms
+from tests.platforms import Platform, assert_replays, platforms
 
 ALL = platforms("reference", "triton")
 PLAIN = [p for p in ALL if p.id.endswith("reference")]
@@ -522,29 +522,10 @@ def test_nothing_waits_and_graphs_replay(kind: str) -> None:
         else:
             here = inputs[3] if kind == "bias" else mask
         out = masked_cross_attention(*inputs[:3], here)
-        # Without its history, which would keep gradients on the stream of this call.
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with sdcore.backend("triton"), torch.cuda.stream(stream):
-        wanted = function()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            again = function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for one, other in zip(again, wanted, strict=True):
-            assert one.equal(other)  # repeatable
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            found = function()
-        for one in found:
-            one.zero_()
-        graph.replay()
-    torch.cuda.synchronize()
-    for one, other in zip(found, wanted, strict=True):
-        assert one.equal(other)
+    with sdcore.backend("triton"):
+        assert_replays(function)
 
 
 @pytest.mark.gpu
