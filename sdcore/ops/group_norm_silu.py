@@ -295,7 +295,7 @@ def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @backends.register("group_norm_silu_backward", "reference")
 def _plain_backward(*args: Any) -> list[Tensor]:
-    grad, more, x, weight, bias, shift, mean, rstd, groups, silu, needs = args
+    grad, more, x, weight, bias, shift, mean, rstd, groups, silu, _ = args
     found = _fake_backward(*args)
     if x.numel() == 0:
         return [one.zero_() for one in found]
