@@ -1,0 +1,172 @@
+"""Attention of one head of 512, as the decoders of Stable Diffusion have it.
+
+``python -m benchmarks.bench_wide_attention [--device cuda] [--csv FILE] [--cases PART]``
+
+Forward alone, and forward with the gradients to q, k and v; peak memory beside the inputs. Peers:
+PyTorch's ``scaled_dot_product_attention`` as it chooses and with each of its backends that takes
+such heads, and plain products with a softmax between, of all queries at once, where these fit.
+Every row is checked against float64 for the first queries: outputs, and gradients to them; of up to
+16,384 tokens also gradients to keys and values.
+
+Share of the ceiling: that of a plain matrix product in the same run, counting two products forward
+and five more with gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import measure
+from benchmarks.measure import Row
+from sdcore.ops import wide_attention
+from sdcore.ops.wide_attention import reference
+
+WIDTH = 512
+TOKENS, ON_A_CPU = (9216, 16384, 65536), (1024,)
+CHECKED = 256  # queries
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}
+BACKENDS = {
+    "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA, math": SDPBackend.MATH,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+}
+MOST = 2**29  # scores of the peers that hold all of them at once
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def of_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return fused(q, k, v)
+
+
+def ways(tokens: int) -> dict[str, Function]:
+    found: dict[str, Function] = {"ours": wide_attention, "SDPA": fused}
+    found |= {name: functools.partial(of_backend, one) for name, one in BACKENDS.items()}
+    found["plain products"] = plain
+    if tokens**2 > MOST:
+        del found["plain products"], found["SDPA, math"]
+    return found
+
+
+def called(function: Function, backward: bool) -> Callable[..., list[Tensor]]:
+    def forward_only(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [function(q, k, v)]
+
+    def both(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        q, k, v = (one.detach().requires_grad_() for one in (q, k, v))
+        out = function(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+    return both if backward else forward_only
+
+
+def checked(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> str | None:
+    """None if it is wrong."""
+    found = function(*given)
+    q, k, v, grad = (one.double() for one in given)
+    whole = k.shape[1] <= 2**14
+    rows = slice(None) if whole and len(found) > 1 else slice(CHECKED)
+    exact = called(lambda q, k, v: reference(q, k, v, WIDTH**-0.5), len(found) > 1)(
+        q[:, rows], k, v, grad[:, rows]
+    )
+    pairs = [
+        (a[:, rows] if i < 2 else a, b) for i, (a, b) in enumerate(zip(found, exact, strict=True))
+    ]
+    off = max(float((a.double() - b).norm() / b.norm()) for a, b in (pairs if whole else pairs[:2]))
+    return f"float64, off by {off:.1e}" if off < TOLERANCE[given[0].dtype] else None
+
+
+def peak(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> str:
+    """Memory beside what was there."""
+    if not given[0].is_cuda:
+        return ""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function(*given)
+    torch.cuda.synchronize()
+    return f", {(torch.cuda.max_memory_allocated() - before) / 1e9:.2f} GB"
+
+
+def measured(tokens: int, dtype: torch.dtype, device: str, ceiling: float) -> list[Row]:
+    torch.manual_seed(0)
+    given = [
+        tuple(torch.randn(1, tokens, WIDTH, device=device).to(dtype) for _ in range(4))
+        for _ in range(2)
+    ]
+    rows = []
+    for backward in (False, True):
+        times: dict[str, float] = {}
+        here = []
+        for name, function in ways(tokens).items():
+            call = called(function, backward)
+            try:
+                check = checked(call, given[0])
+            except RuntimeError as error:  # a backend that does not take such heads
+                print(f"{name}, {tokens}: {str(error).splitlines()[0]}")
+                continue
+            if check is None:
+                raise SystemExit(f"{name}, {tokens} tokens, is wrong")
+            memory = peak(call, given[0])
+            taken, spread, how = measure.milliseconds(call, given, device)
+            times[name] = taken
+            rate = (14 if backward else 4) * tokens**2 * WIDTH / (taken * 1e-3)
+            here.append(
+                Row(
+                    "wide_attention",
+                    f"{tokens} tokens, {WIDTH} wide" + (", with gradients" if backward else ""),
+                    name, str(dtype).removeprefix("torch."), taken, spread, how, check + memory,
+                    f"{100 * rate / ceiling:.0f} %" if ceiling else "", device=device,
+                )
+            )  # fmt: skip
+        here[0].ratios = {name: taken / times["ours"] for name, taken in times.items()}
+        del here[0].ratios["ours"]
+        rows += here
+    return rows
+
+
+def product_rate(size: int = 8192) -> float:
+    """Operations per second of a matrix product of bfloat16."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (measure.milliseconds(torch.mm, [(a, b)], "cuda")[0] * 1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--cases", default="", help="those of which the tokens hold this")
+    given = parser.parse_args()
+    gpu = given.device == "cuda"
+    ceiling = product_rate() if gpu else 0.0
+    if gpu:
+        print(f"products {ceiling / 1e12:.0f} Tflop/s")
+    rows: list[Row] = []
+    for tokens in TOKENS if gpu else ON_A_CPU:
+        if given.cases in str(tokens):
+            dtype = torch.bfloat16 if gpu else torch.float32
+            more = measured(tokens, dtype, given.device, ceiling)
+            measure.report(more, given.csv, rows)
+            rows += more
+
+
+if __name__ == "__main__":
+    main()
