@@ -153,16 +153,10 @@ def reference(
 def _autocast(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Mask | Tensor | None]:
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v, mask
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
-
     if isinstance(mask, GateMask):
-        mask = GateMask(cast(mask.phi), cast(mask.psi), mask.bias, mask.ste)
-    return cast(q), cast(k), cast(v), mask
+        features = (registration.autocast(one) for one in (mask.phi, mask.psi))
+        mask = GateMask(*features, mask.bias, mask.ste)
+    return *(registration.autocast(one) for one in (q, k, v)), mask
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

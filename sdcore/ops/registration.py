@@ -59,3 +59,14 @@ def no_second_derivative(name: str) -> RuntimeError:
     return RuntimeError(
         f"sdcore.ops.{name} has no second derivative: its gradient is not differentiable"
     )
+
+
+def autocast(tensor: Any) -> Any:
+    """Cast as autocast casts what is multiplied, if it is on for the tensor's device; float64 and
+    what is no tensor of floats stay."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        return tensor
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))

@@ -45,11 +45,14 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     most, whatever N and T; for the gradient they are kept where all are no more than that, and
     computed again where they are. Results repeat bit for bit.
 
+    Under autocast q, k and v are cast as PyTorch casts its own attention's.
+
     Raises:
         TypeError: an argument that is no tensor.
         ValueError: shapes, dtypes or devices that do not fit; no tokens; the message names it.
         RuntimeError: a second derivative was asked for.
     """
+    q, k, v = (registration.autocast(one) for one in (q, k, v))
     _check(q, k, v)
     leading, (n, d), e = q.shape[:-2], q.shape[-2:], v.shape[-1]
     batch = math.prod(leading)
@@ -158,11 +161,12 @@ def _forward(
     probabilities: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, kept: bool
 ) -> tuple[Tensor, Tensor]:
     out, p = _fake(q, k, v, scale, kept)
-    for rows in _blocks(q, k):
-        block = q[:, rows]
-        some = p[:, rows] if kept else q.new_empty((*block.shape[:2], k.shape[1]))
-        probabilities(block, k, scale, some)
-        out[:, rows] = torch.bmm(some, v)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows in _blocks(q, k):
+            block = q[:, rows]
+            some = p[:, rows] if kept else q.new_empty((*block.shape[:2], k.shape[1]))
+            probabilities(block, k, scale, some)
+            out[:, rows] = torch.bmm(some, v)
     return out, p
 
 
@@ -182,16 +186,17 @@ def _backward_of(
     whole = p.numel() > 0 or q.shape[1] == 0
     # Of several blocks the sums are kept wide.
     to_k, to_v = (one.new_zeros(one.shape, dtype=one.dtype if whole else wide) for one in (k, v))
-    for rows in _blocks(q, k):
-        block, of_block = q[:, rows], grad[:, rows]
-        some = p[:, rows] if p.numel() else q.new_empty((*block.shape[:2], k.shape[1]))
-        if not p.numel():
-            probabilities(block, k, scale, some)
-        off = (of_block.to(wide) * out[:, rows].to(wide)).sum(-1, keepdim=True)
-        to_v = _added(to_v, some, of_block, whole)
-        scores = pulls(of_block, v, some, off, scale)
-        to_q[:, rows] = torch.bmm(scores, k)
-        to_k = _added(to_k, scores, block, whole)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows in _blocks(q, k):
+            block, of_block = q[:, rows], grad[:, rows]
+            some = p[:, rows] if p.numel() else q.new_empty((*block.shape[:2], k.shape[1]))
+            if not p.numel():
+                probabilities(block, k, scale, some)
+            off = (of_block.to(wide) * out[:, rows].to(wide)).sum(-1, keepdim=True)
+            to_v = _added(to_v, some, of_block, whole)
+            scores = pulls(of_block, v, some, off, scale)
+            to_q[:, rows] = torch.bmm(scores, k)
+            to_k = _added(to_k, scores, block, whole)
     return to_q, to_k.to(k.dtype), to_v.to(v.dtype)
 
 

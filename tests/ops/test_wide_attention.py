@@ -181,6 +181,23 @@ def test_compiles_without_a_break(platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("platform", ALL)
+def test_under_autocast(platform: Platform) -> None:
+    """Inputs are cast, and nothing in between, where scores are of float32."""
+    dtype = torch.float16 if platform.backend == "triton" else torch.bfloat16
+    given = leaves(some(30, 40, 16, 8), torch.float32, platform.device)
+    with platform.forced():
+        low = [one.to(dtype) for one in given]
+        wanted = wide_attention(*low)
+        grads = torch.autograd.grad(wanted, given, torch.ones_like(wanted))
+        with torch.autocast(platform.device, dtype):
+            found = wide_attention(*given)
+            again = torch.autograd.grad(found, given, torch.ones_like(found))
+    assert torch.equal(found, wanted)
+    for a, b in zip(again, grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("platform", ALL)
 def test_without_a_gradient_nothing_is_kept(platform: Platform) -> None:
     given = leaves(some(30, 40, 16, 8), torch.float32, platform.device)
     kept = []
