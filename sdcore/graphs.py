@@ -61,7 +61,8 @@ class Graphs:
     def state(self, value: Hashable) -> None:
         new = _Hashed(value)
         # The very object in the keys, where it is there: then no call compares what is in it.
-        self._state = next((key[1] for key in self._kept if key[1] == new), new)
+        with self._lock:
+            self._state = next((key[1] for key in self._kept if key[1] == new), new)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors: list[Tensor] = []

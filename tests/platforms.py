@@ -67,3 +67,19 @@ def assert_replays(function: Callable[[], Sequence[Tensor]]) -> None:
     torch.cuda.synchronize()
     for one, other in zip(found, wanted, strict=True):
         assert one.equal(other)
+
+
+def assert_as_good(
+    ours: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    slack: float = 1.0,
+) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus ``slack`` times its epsilon
+    (of float64 1e-15)."""
+    assert ours.dtype == plain.dtype
+    epsilon = slack * (1e-15 if dtype == torch.float64 else torch.finfo(dtype).eps)
+    ours, plain = ours.detach().cpu().double(), plain.detach().double()
+    error, allowed = (ours - exact).norm(), 2 * (plain - exact).norm() + epsilon * exact.norm()
+    assert error <= allowed, f"{error:.3g}, allowed {allowed:.3g}"

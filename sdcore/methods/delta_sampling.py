@@ -18,6 +18,7 @@ from sdcore.graphs import Graphs, fits, module_state
 from sdcore.methods.lora import LoRA, plain, text_encoders, with_loras
 from sdcore.ops import delta_combine
 from sdcore.ops.delta_combine import PREDICTION_TYPES, Prediction
+from sdcore.ops.dtypes import wide_of
 from sdcore.patching import Call, Method, Run
 
 # Whose steps add noise of their own, which the state in another latent space would have to know.
@@ -135,7 +136,8 @@ class DeltaSampling(Method):
             raise TypeError(f"refresh_every must be an int; got {refresh_every!r}")
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1; got {refresh_every}")
-        if guidance_scale is not None and not isinstance(guidance_scale, (int, float)):
+        number = isinstance(guidance_scale, (int, float)) and not isinstance(guidance_scale, bool)
+        if guidance_scale is not None and not number:
             raise TypeError(f"guidance_scale must be a number; got {guidance_scale!r}")
         if source_scale is not None and not source_scale > 0:
             raise ValueError(f"source_scale must be above 0; got {source_scale}")
@@ -651,7 +653,7 @@ def _branches(found: Tensor, call: Call, scale: float | None) -> Prediction:
         return found
     guided = found
     if scale != 1:
-        unconditional, conditional = found.float().chunk(2)
+        unconditional, conditional = found.to(wide_of(found.dtype)).chunk(2)
         guided = torch.lerp(unconditional, conditional, scale)
     return guided, guided
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sdcore import backends
 from sdcore.ops import registration
+from sdcore.ops.dtypes import DTYPES, wide_of
 from sdcore.ops.layouts import dense_like, joint
 from sdcore.ops.pointers import address
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # as the flat op numbers them
 OUTPUTS = ("prediction", "x0", "next")
 NAMES = (
@@ -325,7 +325,7 @@ def _check_choices(
 def _level(name: str, given: Tensor | float, like: Tensor) -> Tensor:
     """[B]; with stride 0 if one for all."""
     if not isinstance(given, Tensor):
-        given = torch.full((), float(given), dtype=_wide(like.dtype), device=like.device)
+        given = torch.full((), float(given), dtype=wide_of(like.dtype), device=like.device)
     return _per_sample(name, given, like)
 
 
@@ -351,10 +351,6 @@ def _per_sample(name: str, given: Tensor, like: Tensor) -> Tensor:
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return any(one is not None and one.requires_grad for one in tensors)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------
@@ -432,7 +428,7 @@ def _combine_plain(*args: Any) -> Tensor:
 def _plain(*args: Any) -> Tensor:
     """The specification on the flat op's arguments."""
     *tensors, strength, guidance, rescale, types, guided, output = args
-    wide = _wide(tensors[0].dtype)
+    wide = wide_of(tensors[0].dtype)
     parts = [None if one is None else one.to(wide) for one in tensors[:8]]
     scalars = [_beside(one, parts[0]) for one in tensors[8:]]
     levels = [torch.ones((), dtype=wide) if one is None else one for one in scalars[:4]]
@@ -456,12 +452,12 @@ def _beside(scalars: Tensor | None, like: Tensor) -> Tensor | None:
 @backends.register("delta_combine_backward", "reference")
 def _backward_plain(grad: Tensor, *args: Any) -> list[Tensor]:
     *tensors, strength, guidance, types, guided, output, needs = args
-    parts, scalars = tensors[:8], [_beside(one, grad.to(_wide(grad.dtype))) for one in tensors[8:]]
+    g = grad.to(wide_of(grad.dtype))
+    parts, scalars = tensors[:8], [_beside(one, g) for one in tensors[8:]]
     strengths, guidances = (1.0 if one is None else one for one in scalars[4:])
     to_target, to_source, to_adapted, to_state, to_p, to_sample = slopes(
         types, output, *scalars[:4], strength * strengths
     )
-    g = grad.to(_wide(grad.dtype))
     both = parts[3] is not None  # have a delta
     if guided:
         w = guidance * guidances

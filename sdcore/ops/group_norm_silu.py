@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sdcore import backends
 from sdcore.ops import registration
+from sdcore.ops.dtypes import DTYPES, wide_of
 from sdcore.ops.pointers import address
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def group_norm_silu(
@@ -72,11 +71,10 @@ def group_norm_silu(
     arXiv:1702.03118.
     """
     _check(x, num_groups, weight, bias, shift, residual)
-    last = _channels_last(x)
-    if not (x.is_contiguous() or last):
+    if not _channels_last(x):
         x = x.contiguous()
     if residual is not None:
-        residual = residual.contiguous(memory_format=_format(x)) if last else residual.contiguous()
+        residual = _as(residual, x)
     vectors = [None if one is None else one.contiguous() for one in (weight, bias, shift)]
     out, total, _, _ = _group_norm(x, residual, *vectors, num_groups, float(eps), silu)
     return out if residual is None else (out, total)
@@ -141,15 +139,11 @@ def _check(
             raise ValueError(f"{name} must be {list(shape)}; got {list(one.shape)}")
         if one.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}; got {one.device}")
-        allowed = {x.dtype} if name == "residual" else {x.dtype, _wide(x.dtype)}
+        allowed = {x.dtype} if name == "residual" else {x.dtype, wide_of(x.dtype)}
         if one.dtype not in allowed:
             raise ValueError(
                 f"{name} must be of {' or '.join(sorted(map(str, allowed)))}; got {one.dtype}"
             )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -161,12 +155,18 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
+def _as(one: Tensor, x: Tensor) -> Tensor:
+    """In x's memory format."""
+    format = _format(x) if _channels_last(x) else torch.contiguous_format
+    return one.contiguous(memory_format=format)
+
+
 # ---------------------------------------------------------------------------------------------
 # The flat ops
 
 
 def _statistics(x: Tensor, groups: int) -> Tensor:
-    return x.new_empty((x.shape[0], groups), dtype=_wide(x.dtype))
+    return x.new_empty((x.shape[0], groups), dtype=wide_of(x.dtype))
 
 
 def _fake(
@@ -236,15 +236,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, more: Tensor | None, *_: Any) 
     if grad is None:  # only s was used
         found = [more if to_x or to_residual else None, None, None, None]
     else:
-        last = _channels_last(x)
-        grad = grad.contiguous(memory_format=_format(x)) if last else grad.contiguous()
-        if more is not None and ctx.has_residual:
-            more = more.contiguous(memory_format=_format(x)) if last else more.contiguous()
+        more = None if more is None or not ctx.has_residual else _as(more, x)
         needs = [to_x or to_residual, to_weight, to_bias, to_shift]
-        parts = _backward(
-            grad, more if ctx.has_residual else None, x, weight, bias, shift, mean, rstd,
-            *ctx.others, needs,
-        )  # fmt: skip
+        given = weight, bias, shift, mean, rstd, *ctx.others
+        parts = _backward(_as(grad, x), more, x, *given, needs)
         found = [part if needed else None for part, needed in zip(parts, needs, strict=True)]
     to_all, *vectors = found
     return (
@@ -263,7 +258,7 @@ registration.once_differentiable(_backward, "group_norm_silu")
 def _origin(x: Tensor, groups: int) -> Tensor:
     """The first value of each channel's group, [B, C, 1, …]."""
     width = x.shape[1] // groups
-    first = x[:, ::width].reshape(len(x), groups, -1)[:, :, :1].to(_wide(x.dtype))
+    first = x[:, ::width].reshape(len(x), groups, -1)[:, :, :1].to(wide_of(x.dtype))
     first = first.repeat_interleave(width, 1)
     return first.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
 
@@ -277,7 +272,7 @@ def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = total
     if x.numel() == 0:
         return out, total, mean.zero_(), rstd.zero_()
-    wide = _wide(x.dtype)
+    wide = wide_of(x.dtype)
     # Contiguous, since PyTorch's sums are of other digits for channels last.
     h = (x.to(wide) - _origin(x, groups)).contiguous()
     if shift is not None:
@@ -299,7 +294,7 @@ def _plain_backward(*args: Any) -> list[Tensor]:
     found = _fake_backward(*args)
     if x.numel() == 0:
         return [one.zero_() for one in found]
-    wide = _wide(x.dtype)
+    wide = wide_of(x.dtype)
     batch, channels = x.shape[:2]
 
     def parted(whole: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from sdcore import backends
 from sdcore.masks import GateMask, Mask, RegionMask, TokenBits, opened, packed, unpacked
 from sdcore.ops import registration
+from sdcore.ops.dtypes import DTYPES, wide_of
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_COORDINATES = 256
 CLAMP = 20.0  # of S - lse, where a gate is closed
 PENALTY = 1e4  # of a closed gate, as the published code has it
@@ -154,8 +154,9 @@ def _autocast(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Mask | Tensor | None]:
     if isinstance(mask, GateMask):
-        features = (registration.autocast(one) for one in (mask.phi, mask.psi))
-        mask = GateMask(*features, mask.bias, mask.ste)
+        phi, psi = registration.autocast(mask.phi), registration.autocast(mask.psi)
+        if phi is not mask.phi or psi is not mask.psi:
+            mask = GateMask(phi, psi, mask.bias, mask.ste)
     return *(registration.autocast(one) for one in (q, k, v)), mask
 
 
@@ -419,10 +420,6 @@ def _laid_out(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _shared(tensor: Tensor, batch: int) -> Tensor:
     """One row for each row of q."""
     if len(tensor) == batch:
@@ -447,7 +444,7 @@ def _dense(
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    scores = (q @ k.mT).to(_wide(q)) * scale
+    scores = (q @ k.mT).to(wide_of(q.dtype)) * scale
     return scores if bias is None else scores + bias.to(scores.dtype)
 
 

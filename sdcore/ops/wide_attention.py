@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdcore import backends
 from sdcore.ops import registration
+from sdcore.ops.dtypes import DTYPES, wide_of
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Probabilities in memory at a time, and to be kept for the gradient: 512 MB of a half type, what
 # 16,384 tokens have.
 MOST = 2**28
@@ -41,9 +41,10 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     Gradient:
         To q, k and v. A second derivative raises.
 
-    Cost: O(N · T · (D + E)) time. Memory beside inputs and outputs: probabilities of 2²⁸ values at
-    most, whatever N and T; for the gradient they are kept where all are no more than that, and
-    computed again where they are. Results repeat bit for bit.
+    Cost: O(N · T · (D + E)) time. Memory beside inputs and outputs: probabilities, 2²⁸ at a time
+    (or those of one query), and for the gradient as many gradients to scores; plain PyTorch has
+    both in float32, too. For the gradient probabilities are kept where there are no more than that,
+    and computed again where there are. Results repeat bit for bit.
 
     Under autocast q, k and v are cast as PyTorch casts its own attention's.
 
@@ -166,7 +167,7 @@ def _forward(
             block = q[:, rows]
             some = p[:, rows] if kept else q.new_empty((*block.shape[:2], k.shape[1]))
             probabilities(block, k, scale, some)
-            out[:, rows] = torch.bmm(some, v)
+            torch.bmm(some, v, out=out[:, rows])
     return out, p
 
 
@@ -181,29 +182,30 @@ def _backward_of(
     p: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    to_q = q.new_empty(q.shape)
-    whole = p.numel() > 0 or q.shape[1] == 0
-    # Of several blocks the sums are kept wide.
-    to_k, to_v = (one.new_zeros(one.shape, dtype=one.dtype if whole else wide) for one in (k, v))
+    to_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    to_k = to_v = None
+    wide, blocks = wide_of(q.dtype), list(_blocks(q, k))
+    kind = q.dtype if len(blocks) == 1 else wide  # of the sums of several
     with torch.autocast(q.device.type, enabled=False):
-        for rows in _blocks(q, k):
+        for rows in blocks:
             block, of_block = q[:, rows], grad[:, rows]
             some = p[:, rows] if p.numel() else q.new_empty((*block.shape[:2], k.shape[1]))
             if not p.numel():
                 probabilities(block, k, scale, some)
             off = (of_block.to(wide) * out[:, rows].to(wide)).sum(-1, keepdim=True)
-            to_v = _added(to_v, some, of_block, whole)
+            to_v = _added(to_v, some, of_block, kind)
             scores = pulls(of_block, v, some, off, scale)
-            to_q[:, rows] = torch.bmm(scores, k)
-            to_k = _added(to_k, scores, block, whole)
+            torch.bmm(scores, k, out=to_q[:, rows])
+            to_k = _added(to_k, scores, block, kind)
+    if to_k is None or to_v is None:  # no queries
+        return to_q, torch.zeros_like(k), torch.zeros_like(v)
     return to_q, to_k.to(k.dtype), to_v.to(v.dtype)
 
 
-def _added(total: Tensor, scores: Tensor, values: Tensor, whole: bool) -> Tensor:
-    """Plus scoresᵀ · values; the total is zero where that is the whole."""
+def _added(total: Tensor | None, scores: Tensor, values: Tensor, kind: torch.dtype) -> Tensor:
+    """Plus scoresᵀ · values."""
     product = torch.bmm(scores.mT, values)
-    return product if whole and product.numel() else total + product
+    return product.to(kind) if total is None else total.add_(product)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def _added(total: Tensor, scores: Tensor, values: Tensor, whole: bool) -> Tensor
 
 
 def _plain_probabilities(q: Tensor, k: Tensor, scale: float, p: Tensor) -> None:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_of(q.dtype)
     p.copy_((scale * torch.bmm(q.to(wide), k.mT.to(wide))).softmax(-1))
 
 

@@ -469,6 +469,14 @@ def test_a_guidance_of_its_own(models: dict[str, Any], target: str) -> None:
     assert torch.equal(found, carried(pipe, source, adapted, **unguided))
 
 
+def test_a_guidance_of_its_own_in_float64(in_double: dict[str, Any]) -> None:
+    pipe, source = in_double["v1"], in_double["v2"]
+    given = pipe, source, changed(source)
+    torch.testing.assert_close(
+        carried(*given, guidance_scale=SCALE), carried(*given), rtol=1e-8, atol=1e-8
+    )
+
+
 def test_with_other_methods(models: dict[str, Any]) -> None:
     """Within and around it; and two of it."""
     pipe, source = scheduled(models["v1"]), models["v2"]
@@ -540,6 +548,8 @@ def test_wrong_arguments(models: dict[str, Any]) -> None:
         ((v1, []), {}, ValueError, "adapted must be something"),
         ((v1, [v1, LoRA(INK)]), {}, TypeError, "one pipeline or UNet, or LoRAs and Controls"),
         ((v1, v1), {"strength": "1"}, TypeError, "strength must be a number or a function"),
+        ((v1, v1), {"guidance_scale": "1"}, TypeError, "guidance_scale must be a number"),
+        ((v1, v1), {"guidance_scale": True}, TypeError, "guidance_scale must be a number"),
         ((v1, v1), {"start": 0.5, "end": 0.2}, ValueError, "0 ≤ start ≤ end ≤ 1"),
         ((v1, v1), {"refresh_every": 0}, ValueError, "refresh_every must be at least 1"),
         ((v1, v1), {"refresh_every": 1.5}, TypeError, "refresh_every must be an int"),

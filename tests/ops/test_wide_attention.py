@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdcore.ops import wide_attention
 from sdcore.ops.wide_attention import reference
-from tests.platforms import Platform, assert_replays, platforms
+from tests.platforms import Platform, assert_as_good, assert_replays, platforms
 
 ALL = platforms("reference", "triton")
 PLAIN = platforms("reference")
@@ -31,14 +31,6 @@ def leaves(given: list[Tensor], dtype: torch.dtype, device: str = "cpu") -> list
     return [one.to(device, dtype).detach().requires_grad_() for one in given]
 
 
-def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, plus its epsilon."""
-    epsilon = 4e-15 if dtype == torch.float64 else torch.finfo(dtype).eps
-    ours, plain = ours.detach().cpu().double(), plain.detach().double()
-    error, allowed = (ours - exact).norm(), 2 * (plain - exact).norm() + epsilon * exact.norm()
-    assert error <= allowed, f"{error:.3g}, allowed {allowed:.3g}"
-
-
 def agrees(
     platform: Platform, given: list[Tensor], dtype: torch.dtype, scale: float | None = None
 ) -> None:
@@ -53,14 +45,15 @@ def agrees(
         out = wide_attention(*low, scale=scale)
     wanted = [reference(*inputs, factor) for inputs in (same, high)]
     assert out.dtype == dtype
-    assert_as_good(out, *wanted, dtype)
+    slack = 4 if dtype == torch.float64 else 1  # sums of products, in another order
+    assert_as_good(out, *wanted, dtype, slack)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with platform.forced():
         ours = torch.autograd.grad(out, low, grad.to(out.device))
     plain = torch.autograd.grad(wanted[0], same, grad)
     exact = torch.autograd.grad(wanted[1], high, grad.double())
     for a, b, c in zip(ours, plain, exact, strict=True):
-        assert_as_good(a, b, c, dtype)
+        assert_as_good(a, b, c, dtype, slack)
 
 
 def supported(platform: Platform, dtype: torch.dtype) -> bool:
