@@ -15,6 +15,10 @@ import torch
 from sdcore import backends
 
 LIBRARY = torch.library.Library("sdcore", "DEF")
+# Asked once: torch.compile of PyTorch 2.11 can't trace the question.
+_CASTING = frozenset(
+    one for one in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(one)
+)
 
 
 def define(
@@ -67,6 +71,6 @@ def autocast(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _CASTING or not torch.is_autocast_enabled(device):
         return tensor
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
