@@ -21,6 +21,7 @@ from sdcore.triton_kernels import chips
 # statistics keep two numbers each.
 TILE, WARPS = 4096, 8
 CHANNELS = 64  # of a tile, channels last: 128 bytes of a half type
+AHEAD = 2  # tiles that are read ahead
 PROGRAMS = 4  # on each multiprocessor, of the passes that leave sums
 FINISH = 128  # parts that are added up at once
 
@@ -61,31 +62,32 @@ def _joined(count, mean, square):
 
 
 @triton.jit
-def _value(x, residual, at, inside):
-    """What is normalized."""
+def _value(x, residual, added, at, inside):
+    """What is normalized; with a residual the sum of all three, rounded once."""
     value = tl.load(x + at, inside, 0)
     if residual is not None:
         other = tl.load(residual + at, inside, 0).to(tl.float32)
-        value = (value.to(tl.float32) + other).to(x.dtype.element_ty)
+        value = (value.to(tl.float32) + added + other).to(x.dtype.element_ty)
     return value
 
 
 @triton.jit
-def _origin(x, residual, b, c, P, C, width, LAST: tl.constexpr):
+def _origin(x, residual, shift, b, c, P, C, width, LAST: tl.constexpr):
     """The first value of each channel's group. All statistics are of what values are off it: of
     values close to each other the differences are exact, and a mean of them has all its digits."""
     first = c // width * width
     at = b.to(tl.int64) * C * P + (first if LAST else first.to(tl.int64) * P)
-    return _value(x, residual, at, c < C).to(tl.float32)
+    added = _vector(shift, b * C + first, c < C, 0.0)
+    return _value(x, residual, added, at, c < C).to(tl.float32)
 
 
 @triton.jit
 def _statistics(
-    x, residual, total, means, squares, P, C, width, length,
-    LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, residual, shift, total, means, squares, P, C, width, length,
+    LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Of each channel of a part of the pixels: the mean, and the sum of squares about it, by
-    Welford's updates in each place of the tile. With a residual, writes ``total``."""
+    Welford's updates in each place of the tile. With a residual, of ``total``, which it writes."""
     part, b = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS
     c = channel + tl.arange(0, CHANNELS)
@@ -94,12 +96,13 @@ def _statistics(
     start = part * length
     end = tl.minimum(start + length, P)
     full = (end - start) // PIXELS
-    origin = _origin(x, residual, b, c, P, C, width, LAST)[None, :]
+    origin = _origin(x, residual, shift, b, c, P, C, width, LAST)[None, :]
+    added = _vector(shift, b * C + c, c < C, 0.0)[None, :]
     mean = tl.zeros((PIXELS, CHANNELS), tl.float32)
     square = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for tile in range(full):
+    for tile in tl.range(0, full, num_stages=AHEAD):
         at = _base(b, start + tile * PIXELS, channel, P, C, LAST) + places
-        value = _value(x, residual, at, there)
+        value = _value(x, residual, added, at, there)
         if residual is not None:
             tl.store(total + at, value, there)
         value = value.to(tl.float32) - origin
@@ -111,7 +114,7 @@ def _statistics(
     count = full + valid.to(tl.float32)
     if first < end:
         at = _base(b, first, channel, P, C, LAST) + places
-        value = _value(x, residual, at, valid & there)
+        value = _value(x, residual, added, at, valid & there)
         if residual is not None:
             tl.store(total + at, value, valid & there)
         value = value.to(tl.float32) - origin
@@ -162,7 +165,7 @@ def _channels(x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAS
     far from it; the second is what the first lacks, as one number of float32."""
     inside = c < C
     group = b * groups + c // width
-    origin = _origin(x, None, b, c, P, C, width, LAST)
+    origin = _origin(x, None, None, b, c, P, C, width, LAST)
     off = tl.load(mean + group, inside, 0) - _vector(shift, b * C + c, inside, 0.0)
     center = origin + off
     back = center - origin
@@ -206,7 +209,7 @@ def _slope(grad, normal, w, added, SILU: tl.constexpr):
 def _sums(
     grad, x, weight, bias, shift, mean, rstd, sums, P, C, groups, width, length,
     SILU: tl.constexpr, NORMALS: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Of each channel of a part of the pixels: the sums of the gradient before SiLU, of it times
     the normalized values, and of these alone."""
@@ -223,7 +226,7 @@ def _sums(
     plain = tl.zeros((PIXELS, CHANNELS), tl.float32)
     times = tl.zeros((PIXELS, CHANNELS), tl.float32)
     normals = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for tile in range(tl.cdiv(end - start, PIXELS)):
+    for tile in tl.range(0, tl.cdiv(end - start, PIXELS), num_stages=AHEAD):
         first = start + tile * PIXELS
         inside = (first + tl.arange(0, PIXELS)[:, None] < end) & there
         at = _base(b, first, channel, P, C, LAST) + places
@@ -383,16 +386,18 @@ def forward(
     means, squares = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
     with chips.on(x):
         _statistics[(parts, *others)](
-            x, residual, total if residual is not None else None, means, squares, pixels,
-            channels, width, length, **kinds,
+            x, residual, None if residual is None else shift, None if residual is None else total,
+            means, squares, pixels, channels, width, length, AHEAD=AHEAD, **kinds,
         )  # fmt: skip
+        if residual is not None:  # in the sum already
+            x, shift = total, None
         _finish[(groups, batch)](
             means, squares, shift, mean, rstd, eps, parts, length, pixels, channels, width,
             **_finish_tile(parts, width), num_warps=4,
         )  # fmt: skip
         _apply[(triton.cdiv(pixels, tile[0]), *others)](
-            x if residual is None else total, out, weight, bias, shift, mean, rstd, pixels,
-            channels, groups, width, SILU=silu, **kinds,
+            x, out, weight, bias, shift, mean, rstd, pixels, channels, groups, width, SILU=silu,
+            **kinds,
         )  # fmt: skip
 
 
@@ -435,7 +440,7 @@ def backward(
     with chips.on(x):
         _sums[(parts, *others)](
             grad, x, *given, sums, pixels, channels, groups, width, length, NORMALS=shifted,
-            **kinds,
+            AHEAD=AHEAD, **kinds,
         )  # fmt: skip
         _finish_backward[(groups, batch)](
             sums, weight, rstd, pulls, *each, parts, pixels, channels, width,

@@ -107,11 +107,6 @@ SDCORE_CLONES double sum(const Real* value, int64_t count) {
 }
 
 template <typename Real>
-SDCORE_CLONES void add(Real* to, const Real* value, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += value[i];
-}
-
-template <typename Real>
 SDCORE_CLONES void multiply(Real* value, const Real* by, int64_t count) {
   for (int64_t i = 0; i < count; ++i) value[i] *= by[i];
 }
@@ -124,6 +119,11 @@ SDCORE_CLONES void square_off(Real* value, const Real* mean, int64_t count) {
     const Real off = value[i] - mean[i * kStep];
     value[i] = off * off;
   }
+}
+
+template <int kStep, typename Real>
+SDCORE_CLONES void add(Real* value, const Real* other, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) value[i] += other[i * kStep];
 }
 
 template <int kStep, typename Real>
@@ -142,7 +142,7 @@ class Sums {
       total_[0] += sum(value, count);
       return;
     }
-    sdcore::add(few_.data(), value, count);
+    sdcore::add<1>(few_.data(), value, count);
     if (++rows_ == kFew) flush();
   }
   const std::vector<double>& found() {
@@ -249,10 +249,11 @@ SDCORE_CLONES void pulled(const Real* grad, const Real* normal, const Real* scal
                                  along[i * kStep] * normal[i]);
 }
 
-// The values that are normalized: x, or x and the residual as their sum is rounded and written.
-template <typename Real>
-void read_total(const GroupNormArguments& args, const Run& run, Real* value, Real* other,
-                bool written) {
+// The values that are normalized: x, or x, the shift and the residual as their sum is rounded and
+// written. ``shift``: of the run's channels.
+template <int kStep, typename Real>
+void read_total(const GroupNormArguments& args, const Run& run, const Real* shift, Real* value,
+                Real* other, bool written) {
   if (!args.residual) {
     read(args, args.x, run, value);
     return;
@@ -260,10 +261,16 @@ void read_total(const GroupNormArguments& args, const Run& run, Real* value, Rea
   if (!written) {
     read(args, args.x, run, value);
     read(args, args.residual, run, other);
-    add(value, other, run.count);
+    if (args.shift) add<kStep>(value, shift, run.count);
+    add<1>(value, other, run.count);
     write(args, args.total, run, value);
   }
   read(args, args.total, run, value);
+}
+
+// What is added to a channel of a sample, where it is not in the sum with a residual.
+double shift_of(const GroupNormArguments& args, int64_t b, int64_t channel) {
+  return args.shift && !args.residual ? args.shift[b * args.channels + channel] : 0;
 }
 
 // The first value of each group, from x or total, [batch, groups].
@@ -274,14 +281,9 @@ std::vector<Real> origins(const GroupNormArguments& args) {
   for (int64_t i = 0; i < int64_t(found.size()); ++i) {
     const int64_t b = i / args.groups, c = i % args.groups * width;
     const Run run{b * args.channels * args.pixels + (args.last ? c : c * args.pixels), 1};
+    const Real shift = args.shift ? Real(args.shift[b * args.channels + c]) : Real(0);
     Real other;
-    read(args, args.x, run, &found[i]);
-    if (args.residual) {
-      read(args, args.residual, run, &other);
-      found[i] += other;
-      write(args, args.total, run, &found[i]);
-      read(args, args.total, run, &found[i]);
-    }
+    read_total<0>(args, run, &shift, &found[i], &other, false);
   }
   return found;
 }
@@ -293,7 +295,7 @@ Norm<Real> norm_of(const Division& by, int64_t task, const std::vector<Real>& or
   Norm<Real> norm(by.channels());
   for (int64_t i = 0; i < by.channels(); ++i) {
     const int64_t c = by.channel(task) + i, group = b * args.groups + c / width;
-    const double off = args.mean[group] - (args.shift ? args.shift[b * args.channels + c] : 0);
+    const double off = args.mean[group] - shift_of(args, b, c);
     const double exact = double(origin[group]) + off;
     norm.center[i] = Real(exact);
     norm.rest[i] = Real(exact - double(norm.center[i]));
@@ -313,14 +315,16 @@ void statistics(const Division& by, const std::vector<Real>& origin) {
     const int64_t b = by.b(task), channel = by.channel(task), count = by.channels();
     Scratch<Real, 2> scratch(by.widest());
     Real *const value = scratch[0], *const other = scratch[1];
-    std::vector<Real> from(count), mean(count);
-    for (int64_t i = 0; i < count; ++i)
+    std::vector<Real> from(count), mean(count), shift(count);
+    for (int64_t i = 0; i < count; ++i) {
       from[i] = origin[b * args.groups + (channel + i) / width];
+      if (args.shift) shift[i] = Real(args.shift[b * args.channels + channel + i]);
+    }
     const int64_t place = by.place(b, by.part(task), channel);
     if constexpr (kStep == 0) {  // a block at a time, which is read once
       double there = 0;
       by.for_runs(task, [&](const Run& run) {
-        read_total(args, run, value, other, false);
+        read_total<0>(args, run, shift.data(), value, other, false);
         subtract<0>(value, from.data(), run.count);
         const double number = double(run.count), of_run = sum(value, run.count) / number;
         mean[0] = Real(of_run);
@@ -334,7 +338,7 @@ void statistics(const Division& by, const std::vector<Real>& origin) {
     }
     Sums<Real> sums(args.last, count), about(args.last, count);
     by.for_runs(task, [&](const Run& run) {
-      read_total(args, run, value, other, false);
+      read_total<kStep>(args, run, shift.data(), value, other, false);
       subtract<kStep>(value, from.data(), run.count);
       sums.add(value, run.count);
     });
@@ -345,7 +349,7 @@ void statistics(const Division& by, const std::vector<Real>& origin) {
       mean[c] = Real(means[place + c]);
     }
     by.for_runs(task, [&](const Run& run) {
-      read_total(args, run, value, other, true);
+      read_total<kStep>(args, run, shift.data(), value, other, true);
       subtract<kStep>(value, from.data(), run.count);
       square_off<kStep>(value, mean.data(), run.count);
       about.add(value, run.count);
@@ -361,8 +365,8 @@ void statistics(const Division& by, const std::vector<Real>& origin) {
         for (int64_t k = c; k < c + width; ++k) {
           const int64_t place = by.place(b, part, k);
           const int64_t end = std::min(args.pixels, (part + 1) * by.pixels);
-          const double added = args.shift ? args.shift[b * args.channels + k] : 0;
-          body(double(end - part * by.pixels), means[place] + added, squares[place]);
+          body(double(end - part * by.pixels), means[place] + shift_of(args, b, k),
+               squares[place]);
         }
     };
     double mean = 0, square = 0;
@@ -386,7 +390,7 @@ void forward(const GroupNormArguments& args) {
     Real *const value = scratch[0], *const other = scratch[1];
     const Norm<Real> norm = norm_of(by, task, origin);
     by.for_runs(task, [&](const Run& run) {
-      read_total(args, run, value, other, true);
+      read_total<kStep, Real>(args, run, nullptr, value, other, true);
       normalize<kStep>(value, norm.center.data(), norm.rest.data(), norm.scale.data(), run.count);
       affine<kStep>(value, norm.weight.data(), norm.bias.data(), value, run.count);
       if (args.silu) {
@@ -477,7 +481,7 @@ void backward(const GroupNormBackwardArguments& args) {
              run.count);
       if (args.more) {
         read(given, args.more, run, normal);
-        add(z, normal, run.count);
+        add<1>(z, normal, run.count);
       }
       write(given, args.to_x, run, z);
     });

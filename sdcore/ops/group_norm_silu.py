@@ -29,11 +29,11 @@ def group_norm_silu(
     r"""Group normalization, and SiLU of it.
 
     .. math::
-        s = x + r, \qquad \hat h = \frac{h - \mu}{\sqrt{\sigma^2 + \epsilon}}
-        \text{ of } h = s + \delta, \qquad
-        y = \operatorname{silu}(w \hat h + b), \qquad \operatorname{silu}(z) = \frac{z}{1 + e^{-z}}
+        s = x + \delta + r, \qquad
+        y = \operatorname{silu}\left(w \frac{s - \mu}{\sqrt{\sigma^2 + \epsilon}} + b\right), \qquad
+        \operatorname{silu}(z) = \frac{z}{1 + e^{-z}}
 
-    with the mean and the (biased) variance of each group of channels of each sample.
+    with the mean and the (biased) variance of each group of channels of each sample of s.
 
     Args:
         x: [B, C, …] float16, bfloat16, float32 or float64; contiguous, or channels last. What lies
@@ -43,12 +43,13 @@ def group_norm_silu(
         bias: b, likewise; default 0.
         eps: :math:`\epsilon`.
         silu: without it y is what SiLU would be taken of.
-        shift: :math:`\delta`, [B, C], likewise: what a ResNet block adds for the time, say.
+        shift: :math:`\delta`, [B, C], likewise: what a ResNet block adds for the time, say, or the
+            bias of a convolution before it.
         residual: r, as x: what a block before it adds to its result, say.
 
     Returns:
-        y, of x's shape, dtype and memory format. With ``residual`` (y, s), where s is rounded to
-        x's dtype, and y is that of what was rounded.
+        y, of x's shape, dtype and memory format. With ``residual`` (y, s), where s is rounded once,
+        to x's dtype, and y is that of what was rounded.
 
     Statistics and arithmetic are in float32, in float64 for float64: the mean, and then the squares
     about it, so that a mean of thousands of deviations costs no more digits than x's own. Without
@@ -91,9 +92,9 @@ def reference(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: y and s, differentiable by autograd."""
-    total = x if residual is None else x + residual
-    h = total if shift is None else total + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
-    z = F.group_norm(h, num_groups, weight, bias, eps)
+    total = x if shift is None else x + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
+    total = total if residual is None else total + residual
+    z = F.group_norm(total, num_groups, weight, bias, eps)
     return F.silu(z) if silu else z, total
 
 
@@ -212,8 +213,8 @@ def _fake_backward(
     ]
 
 
-# Gradients to x (and the residual), weight, bias and shift, empty where not needed; x is s where
-# there was a residual, and more the gradient to it.
+# Gradients to x (and the residual), weight, bias and shift, empty where not needed. Where there was
+# a residual, x is s, with the shift in it and none beside it, and more is the gradient to s.
 _backward = registration.define(
     "group_norm_silu_backward(Tensor grad, Tensor? more, Tensor x, Tensor? weight, Tensor? bias, "
     "Tensor? shift, Tensor mean, Tensor rstd, int groups, bool silu, bool[] needs) -> Tensor[]",
@@ -225,7 +226,10 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, residual, weight, bias, shift, groups, _, silu = inputs
     _, total, mean, rstd = output
     ctx.has_residual, ctx.others = residual is not None, (groups, silu)
-    ctx.save_for_backward(x if residual is None else total, weight, bias, shift, mean, rstd)
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    if residual is not None:
+        x, shift = total, None
+    ctx.save_for_backward(x, weight, bias, shift, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -233,15 +237,20 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, grad: Tensor | None, more: Tensor | None, *_: Any) -> Any:
     x, weight, bias, shift, mean, rstd = ctx.saved_tensors
     to_x, to_residual, to_weight, to_bias, to_shift, *_ = ctx.needs_input_grad
+    of_sum = to_x or to_residual or (to_shift and ctx.has_residual)
     if grad is None:  # only s was used
-        found = [more if to_x or to_residual else None, None, None, None]
+        found = [more if of_sum else None, None, None, None]
     else:
         more = None if more is None or not ctx.has_residual else _as(more, x)
-        needs = [to_x or to_residual, to_weight, to_bias, to_shift]
+        needs = [of_sum, to_weight, to_bias, to_shift and not ctx.has_residual]
         given = weight, bias, shift, mean, rstd, *ctx.others
         parts = _backward(_as(grad, x), more, x, *given, needs)
         found = [part if needed else None for part, needed in zip(parts, needs, strict=True)]
     to_all, *vectors = found
+    if to_shift and ctx.has_residual and to_all is not None:
+        pixels = tuple(range(2, x.ndim))
+        sums = to_all.sum(pixels, dtype=wide_of(x.dtype)) if pixels else to_all
+        vectors[2] = sums.to(ctx.shift_dtype)
     return (
         to_all if to_x else None, to_all if to_residual else None, *vectors, None, None, None,
     )  # fmt: skip
@@ -267,16 +276,18 @@ def _origin(x: Tensor, groups: int) -> Tensor:
 def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, shift, groups, eps, silu = args
     out, total, mean, rstd = _fake(*args)
+    wide = wide_of(x.dtype)
+    if shift is not None:
+        shift = shift.to(wide).reshape(*shift.shape, *(1,) * (x.ndim - 2))
     if residual is not None:
-        torch.add(x, residual, out=total)
-        x = total
+        x = total.copy_(x.to(wide) + (0 if shift is None else shift) + residual.to(wide))
+        shift = None
     if x.numel() == 0:
         return out, total, mean.zero_(), rstd.zero_()
-    wide = wide_of(x.dtype)
     # Contiguous, since PyTorch's sums are of other digits for channels last.
     h = (x.to(wide) - _origin(x, groups)).contiguous()
     if shift is not None:
-        h = h + shift.to(wide).reshape(*shift.shape, *(1,) * (x.ndim - 2))
+        h = h + shift
     batch, channels = x.shape[:2]
     vectors = [None if one is None else one.to(wide) for one in (weight, bias)]
     z, means, rstds = torch.ops.aten.native_group_norm(

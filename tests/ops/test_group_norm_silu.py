@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,10 +84,8 @@ def agrees(
     ours = ours if isinstance(ours, tuple) else (ours,)
     exact, plain = specified(exact_in), specified(plain_in)
     if "residual" in given:  # what was rounded is what is normalized
-        exact_in["x"] = plain[1].detach().double().requires_grad_()
-        without = {name: one for name, one in exact_in.items() if name != "residual"}
-        y = specified(without)[0]
-        exact = y, exact_in["x"].clone()
+        assert_as_good(ours[1], plain[1], exact[1], dtype, slack)
+        exact, plain = (from_sum(leaves, ours[1], specified) for leaves in (exact_in, plain_in))
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert a.shape == ours_in["x"].shape
         assert a.stride() == ours_in["x"].stride()
@@ -104,9 +103,32 @@ def agrees(
                     values, [leaves[name] for name in names], cotangents, allow_unused=True
                 )
             )
-    for name, a, b, c in zip(names, *found, strict=True):
-        c = found[2][names.index("x")] if name == "residual" else c
+    if "residual" in given:
+        found[1:] = [of_parts(names, grads, given) for grads in found[1:]]
+    for a, b, c in zip(*found, strict=True):
         assert_as_good(a, b, c, dtype, slack)
+
+
+def from_sum(
+    leaves: dict[str, Tensor], total: Tensor, specified: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, Tensor]:
+    """y and s of the sum as it was rounded, which takes the place of x among the leaves."""
+    leaves["x"] = total.detach().to(leaves["x"]).contiguous().requires_grad_()
+    y = specified({name: leaves[name] for name in leaves if name not in ("residual", "shift")})[0]
+    return y, leaves["x"].clone()
+
+
+def of_parts(
+    names: list[str], grads: tuple[Tensor, ...], given: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients to all parts of the sum, from that to the sum, which stands at x."""
+    found = dict(zip(names, grads, strict=True))
+    found["residual"] = of_sum = found["x"]
+    if "shift" in found:
+        channels = of_sum.reshape(*of_sum.shape[:2], -1)
+        found["shift"] = channels.sum(2, dtype=torch.promote_types(of_sum.dtype, torch.float32))
+        found["shift"] = found["shift"].to(of_sum.dtype)
+    return tuple(found[name] for name in names)
 
 
 def supported(platform: Platform, dtype: torch.dtype) -> bool:
@@ -177,9 +199,7 @@ def test_weights_of_float32(platform: Platform) -> None:
     for one, grad in zip(low.values(), grads, strict=True):
         assert grad.dtype == one.dtype
     wide = {name: one.detach().cpu().double() for name, one in low.items()}
-    wide["x"] = s.detach().cpu().double()
-    wide.pop("residual")
-    exact = reference(wide["x"], 3, wide["weight"], wide["bias"], shift=wide["shift"])[0]
+    exact = reference(s.detach().cpu().double(), 3, wide["weight"], wide["bias"])[0]
     # The interpreter cuts digits of bfloat16 off, a GPU rounds.
     torch.testing.assert_close(y.cpu().double(), exact, rtol=8e-3, atol=1e-3)
 
