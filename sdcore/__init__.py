@@ -3,6 +3,8 @@
 from sdcore import ops
 from sdcore.backends import backend
 from sdcore.methods.delta_sampling import Control, DeltaSampling
+from sdcore.methods.fast_decoder import FastDecoder
+from sdcore.methods.fast_norms import FastNorms
 from sdcore.methods.gated_attention import GatedAttention
 from sdcore.methods.lora import LoRA
 from sdcore.methods.observe import Observe
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Control",
     "DeltaSampling",
+    "FastDecoder",
+    "FastNorms",
     "GatedAttention",
     "Handle",
     "LoRA",

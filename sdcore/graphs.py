@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 _log = logging.getLogger("sdcore")
+
+# In which of several ways the modules in a function compute at this moment, to those who change it.
+variant: ContextVar[Hashable] = ContextVar("sdcore_variant", default=None)
 
 WARM_UP = 3  # calls before the capture: what is chosen or compiled at a first call is then done
 
@@ -228,6 +232,11 @@ def fits(value: Any) -> bool:
     return True
 
 
+def kind_of(value: Any) -> Hashable:
+    """Of what a captured function is given, what needs a graph of its own."""
+    return _layout(value, []), _modes()
+
+
 def _filled(value: Any, tensors: Any) -> Any:
     """The same structure with other tensors."""
     if isinstance(value, Tensor):
@@ -255,6 +264,7 @@ def _modes() -> Hashable:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
+        variant.get(),
     )
 
 

@@ -4,7 +4,8 @@
 thing: while the pipeline is called, what it reads as its ``unet``, ``scheduler`` and ``vae`` are
 stand-ins that lead through the methods. No module gets a hook, a wrapper or another processor.
 Hence other pipelines with the same modules, calls of the UNet from elsewhere and other threads see
-nothing, and neither accelerate's hooks, nor LoRA, nor ``torch.compile`` can come in between.
+nothing, and neither accelerate's hooks, nor LoRA, nor ``torch.compile`` can come in between. Some
+methods also go on a bare UNet or VAE, whose class is then the one that changes.
 
 A method is a subclass of :class:`Method`. Methods lie around each other in the order in which they
 were put on: the last sees a call first, and its result last.
@@ -24,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Schedulers whose step follows the sample it is given in full, at every call. PNDM, Heun, KDPM2 and
 # the single-step DPM++ go on, at some calls, from a sample that they kept; UniPC and SA-Solver
@@ -64,7 +65,7 @@ class Method:
     claims: str | None = None
 
     def check(self, pipe: Any) -> None:
-        """When it is put on: raises if it can't work with this pipeline."""
+        """When it is put on: raises if it can't work with this pipeline, or bare module."""
 
     def begin(self, run: Run) -> None:
         """When the pipeline is called, before it does anything."""
@@ -77,6 +78,14 @@ class Method:
     def step(self, step: Step, proceed: Callable[[Step], Tensor]) -> Tensor:
         """Around each step of the scheduler. ``proceed`` gives the next sample."""
         return proceed(step)
+
+    def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
+        """Around each call of the UNet, and each of the VAE's ``encode`` and ``decode``: a context
+        in which the module itself computes in another way, whichever method calls it. A method
+        that has it also goes on bare modules, of which it is then the only part that is called."""
+        raise TypeError(
+            f"{type(self).__name__} works on pipelines, and not on a bare {type(module).__name__}"
+        )
 
     def decode(self, latents: Tensor, proceed: Callable[[Tensor], Tensor]) -> Tensor:
         """Around the VAE's decoder: latents as the decoder takes them, to pictures."""
@@ -359,7 +368,7 @@ class Handle:
 
 
 def patch(pipe: Any, *methods: Method) -> Handle:
-    """Puts methods on a Diffusers pipeline, around those that are on already.
+    """Puts methods on a Diffusers pipeline, or a bare model, around those that are on already.
 
     ``patch(pipe, a, b)`` is ``patch(pipe, a)`` and then ``patch(pipe, b)``: b lies around a. They
     may be removed in any order. ::
@@ -369,11 +378,13 @@ def patch(pipe: Any, *methods: Method) -> Handle:
 
     Args:
         pipe: with a UNet, a scheduler and a VAE: Stable Diffusion 1 and 2 and SDXL, from text, from
-            images, for inpainting, with ControlNet.
+            images, for inpainting, with ControlNet. Or a model of Diffusers alone, for the methods
+            that say so; its own calls are then meant, from wherever they come.
         methods: one or more objects of subclasses of :class:`Method`.
 
     Raises:
-        TypeError: the pipeline lacks something, or something is no method; it says which.
+        TypeError: the pipeline lacks something, something is no method, or a method works on
+            pipelines alone; it says which.
         ValueError: no methods; one of a class that is on this pipeline already; or two that claim
             the same, such as to mask the cross-attention.
         Whatever a method's ``check`` raises. The pipeline is then as it was.
@@ -387,7 +398,10 @@ def patch(pipe: Any, *methods: Method) -> Handle:
             )
         if not isinstance(method, Method):
             raise TypeError(f"methods must be objects of sdcore.Method; got {method!r}")
-    _check_pipeline(pipe)
+    if isinstance(pipe, nn.Module):
+        _check_module(pipe, methods)
+    else:
+        _check_pipeline(pipe)
     on = _patches(pipe)
     _check_new(methods, on.methods if on else ())
     for method in methods:
@@ -404,7 +418,7 @@ def patch(pipe: Any, *methods: Method) -> Handle:
 
 
 def unpatch(pipe: Any) -> None:
-    """Takes all methods off the pipeline. Without effect if there are none."""
+    """Takes all methods off the pipeline, or the bare model. Without effect if there are none."""
     on = _patches(pipe)
     if on is not None:
         _remove(pipe, on.methods)
@@ -477,6 +491,23 @@ def _check_pipeline(pipe: Any) -> None:
             )
 
 
+def _check_module(module: nn.Module, methods: tuple[Method, ...]) -> None:
+    inner = getattr(module, "_orig_mod", None)
+    if inner is not None:
+        raise TypeError(
+            f"what torch.compile returned can't be patched; patch the {type(inner).__name__} "
+            "itself, and compile it by its own compile(), before or after"
+        )
+    if not hasattr(module, "config"):
+        raise TypeError(
+            f"{type(module).__name__} can't be patched: it is neither a pipeline nor a model of "
+            "Diffusers"
+        )
+    for method in methods:
+        if type(method).within is Method.within:
+            method.within(module)
+
+
 def _forward(unet: Any) -> Callable[..., Any]:
     """Also of what ``torch.compile`` returned."""
     return getattr(unet, "_orig_mod", unet).forward
@@ -519,46 +550,84 @@ def _patched_class(original: type) -> type:
     """A subclass of the same name. Its own instances are of ``original``: ``from_pipe`` and
     ``from_pretrained`` by way of a patched pipeline give ordinary ones."""
 
-    @functools.wraps(original.__call__)
-    def __call__(self, *args, **kwargs):
-        with _lock:
-            on = _patches(self)
-            if on is not None:
-                on.running += 1
-                methods = on.methods
-        if on is None:
-            return original.__call__(self, *args, **kwargs)
-        try:
-            return _run(original, self, methods, args, kwargs)
-        finally:
-            _settle(self, on, ended=1)
-
     def __new__(cls, *args, **kwargs):
         return original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        # As a pipeline without methods: copies and pickles hold no trace of them.
+        # As one without methods: copies and pickles hold no trace of them.
         state = {name: value for name, value in vars(self).items() if name != _KEY}
         return copyreg._reconstructor, (original, object, None), state
+
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__new__": __new__,
+        "__reduce_ex__": __reduce_ex__,
+    }
+    names |= _of_module(original) if issubclass(original, nn.Module) else _of_pipeline(original)
+    return type(original)(original.__name__, (original,), names)
+
+
+@contextlib.contextmanager
+def _under_way(target: Any) -> Iterator[tuple[Method, ...] | None]:
+    """Of a call: the methods, which stay until it ends; None if there are none any more."""
+    with _lock:
+        on = _patches(target)
+        if on is not None:
+            on.running += 1
+    try:
+        yield None if on is None else on.methods
+    finally:
+        if on is not None:
+            _settle(target, on, ended=1)
+
+
+def _of_pipeline(original: Any) -> dict[str, Any]:
+    @functools.wraps(original.__call__)
+    def __call__(self, *args, **kwargs):
+        with _under_way(self) as methods:
+            if methods is None:
+                return original.__call__(self, *args, **kwargs)
+            return _run(original, self, methods, args, kwargs)
 
     def components(self):
         # Offloading puts hooks on what it finds here, and must find the modules themselves.
         with _outside():
             return original.components.fget(self)
 
-    names = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
+    return {
         "__call__": __call__,
-        "__new__": __new__,
-        "__reduce_ex__": __reduce_ex__,
         "components": property(components),
         "unet": _Component("unet", _UNet),
         "scheduler": _Component("scheduler", _Scheduler),
         "vae": _Component("vae", _VAE),
     }
-    return type(original)(original.__name__, (original,), names)
+
+
+def _of_module(original: Any) -> dict[str, Any]:
+    """A VAE calls its own ``encode`` and ``decode`` when it is called."""
+    names = [name for name in ("encode", "decode") if hasattr(original, name)] or ["__call__"]
+    return {name: _around_module(getattr(original, name)) for name in names}
+
+
+def _around_module(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(self, *args, **kwargs):
+        with _under_way(self) as methods, _within(methods or (), self):
+            return function(self, *args, **kwargs)
+
+    # torch.compile begins with what is called in it.
+    return torch.compiler.disable(call, recursive=False)
+
+
+@contextlib.contextmanager
+def _within(methods: tuple[Method, ...], module: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            if type(method).within is not Method.within:
+                stack.enter_context(method.within(module))
+        yield
 
 
 class _Component:
@@ -724,7 +793,7 @@ class _UNet(_StandIn):
 
         run._enter(timestep)
         call = Call(run, sample, timestep, encoder_hidden_states, options)
-        with _outside():
+        with _outside(), _within(run.methods, unet):
             out = _around(run, "denoise", model)(call)
         if not return_dict:
             return (out,)
@@ -794,6 +863,17 @@ class _VAE(_StandIn):
     __slots__ = ()
 
     @property
+    def encode(self) -> Callable[..., Any]:
+        vae, run = self._target, self._run
+
+        @functools.wraps(vae.encode)
+        def encode(*args: Any, **options: Any) -> Any:
+            with _outside(), _within(run.methods, vae):
+                return vae.encode(*args, **options)
+
+        return encode
+
+    @property
     def decode(self) -> Callable[..., Any]:
         vae, run = self._target, self._run
 
@@ -802,7 +882,7 @@ class _VAE(_StandIn):
             def real(latents: Tensor) -> Tensor:
                 return vae.decode(latents, return_dict=False, **options)[0]
 
-            with _outside():
+            with _outside(), _within(run.methods, vae):
                 out = _around(run, "decode", real)(z)
             if not return_dict:
                 return (out,)

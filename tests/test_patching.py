@@ -705,8 +705,12 @@ def test_a_method_that_refuses_leaves_the_pipeline_as_it_was(tokens: Any) -> Non
 
 def test_what_is_no_pipeline_of_ours(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    with pytest.raises(TypeError, match="UNet2DConditionModel can't be patched: it has no unet"):
+    with pytest.raises(TypeError, match="DDIMScheduler can't be patched: it has no unet"):
+        sdcore.patch(pipe.scheduler, NoOp())
+    with pytest.raises(TypeError, match="NoOp works on pipelines, and not on a bare UNet2D"):
         sdcore.patch(pipe.unet, NoOp())
+    with pytest.raises(TypeError, match="neither a pipeline nor a model of Diffusers"):
+        sdcore.patch(nn.Linear(2, 2), NoOp())
     with pytest.raises(TypeError, match="no unet, no do_classifier_free_guidance"):
         sdcore.patch(diffusers.FluxPipeline(pipe.scheduler, pipe.vae, *[None] * 5), NoOp())
     pag = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)

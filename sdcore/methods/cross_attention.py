@@ -79,7 +79,8 @@ _turns: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _turns_lock = threading.Lock()
 
 
-def _turn(unet: Any) -> threading.RLock:
+def turn(unet: Any) -> threading.RLock:
+    """Of threads that put something on its parts for the time of a call."""
     with _turns_lock:
         return _turns.setdefault(getattr(unet, "_orig_mod", unet), threading.RLock())
 
@@ -101,7 +102,7 @@ def masked(
         TypeError: a processor that computes something else than plain attention.
     """
     key = object()
-    with _turn(unet), contextlib.ExitStack() as stack:
+    with turn(unet), contextlib.ExitStack() as stack:
         parts = layers(unet)
         chosen = {name: parts[name] for name in names}
         for name, attention in chosen.items():

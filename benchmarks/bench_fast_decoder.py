@@ -1,0 +1,297 @@
+"""Decoders with ``FastDecoder`` and with ``FastNorms``, and a UNet with ``FastNorms``.
+
+``python -m benchmarks.bench_fast_decoder [--device cuda] [--csv FILE] [--cases PART] [--peers PART]``
+
+On a GPU the VAE and the UNet have the sizes of SDXL's, with random weights, in bfloat16: decoding
+for a picture of 1024 pixels; the same in float32, in which SDXL's pipelines decode; decoding with
+the gradient to the latents, of 768 pixels, with frozen weights; and a guided step of the UNet for
+1024. On a CPU they are those of the embedded models. Each row twice: captured by hand in one CUDA
+graph, and wall-clock of whole calls ("end to end"), which for ``FastDecoder`` are by its own graph
+where no gradient is wanted. Peers: the model as it is, and ``torch.compile`` of the decoder (or
+the UNet), as it is and with ``mode="max-autotune"``; the latter makes CUDA graphs itself, and for
+the row of one by hand it is compiled without.
+
+Each result is compared with that of the model in float32, without TF32 (of float32 in float64): off
+by at most twice what the model as it is is off by, plus epsilon. Share of the ceiling: that of a
+plain matrix product of the same dtype in the same run, counting products and convolutions alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdcore
+from benchmarks import measure
+from benchmarks.bench_patching import SDXL
+from benchmarks.measure import Row
+from sdcore.embedded import models
+
+# https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, vae/config.json
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+COMPILED = {
+    "torch.compile": None,
+    "torch.compile, max-autotune": "max-autotune",
+}
+CALLS = 9  # of which the median is told
+Call = Callable[[Any, dict[str, Tensor]], Tensor]
+
+
+@dataclass
+class Case:
+    name: str
+    model: nn.Module
+    part: str | None  # what is compiled of it; None: itself
+    inputs: dict[str, Tensor]
+    call: Call
+    methods: dict[str, tuple[sdcore.Method, sdcore.Method]]  # in one graph by hand; end to end
+
+
+def decoded(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.decode(inputs["z"], return_dict=False)[0]
+
+
+def pulled(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    z = inputs["z"].detach().requires_grad_()
+    out = model.decode(z, return_dict=False)[0]
+    return torch.autograd.grad(out, z, inputs["grad"])[0]
+
+
+def predicted(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    more = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    with torch.no_grad():
+        return model(
+            inputs["sample"], inputs["timestep"], inputs["text"], added_cond_kwargs=more,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+
+def fast() -> dict[str, tuple[sdcore.Method, sdcore.Method]]:
+    norms = sdcore.FastNorms()
+    by_hand, alone = sdcore.FastDecoder(graph=False), sdcore.FastDecoder()
+    return {"FastNorms": (norms, norms), "FastDecoder": (by_hand, alone)}
+
+
+def cases(device: str, wanted: str) -> Iterator[Case]:
+    gpu = device == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE) if gpu else models.autoencoder("xl")
+    # New ones have no biases' worth; trained ones have.
+    for name, weight in vae.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight, std=0.1)
+    vae = vae.to(device, dtype).eval().requires_grad_(False)
+    sizes = (128, 96) if gpu else (8, 8)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    z = torch.randn(1, vae.config.latent_channels, sizes[0], sizes[0], device=device, dtype=dtype)
+    small = z[:, :, : sizes[1], : sizes[1]].contiguous()
+    grad = torch.randn(1, 3, *(scale * size for size in small.shape[2:]), device=device).to(dtype)
+    side = scale * sizes[0]
+    name = f"decoding, {side}², {str(dtype).removeprefix('torch.')}"
+    if wanted in name:
+        yield Case(name, vae, "decoder", {"z": z}, decoded, fast())
+    name = f"decoding, {side}², float32"
+    if gpu and wanted in name:
+        wide = copy.deepcopy(vae).float()
+        yield Case(name, wide, "decoder", {"z": z.float()}, decoded, fast())
+    name = f"decoding with the gradient, {scale * sizes[1]}²"
+    if wanted in name:
+        yield Case(name, vae, "decoder", {"z": small, "grad": grad}, pulled, fast())
+    name = "a guided step of the UNet"
+    if wanted in name:
+        yield unet_case(name, device, dtype)
+
+
+def unet_case(name: str, device: str, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    if device == "cuda":
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            unet = UNet2DConditionModel(**SDXL)
+        torch.set_default_dtype(torch.float32)
+    else:
+        unet = models.unet("xl")
+    config = unet.config
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    given = {
+        "sample": (2, 4, config.sample_size, config.sample_size),
+        "text": (2, 77, config.cross_attention_dim),
+        "text_embeds": (2, width),
+        "time_ids": (2, 6),
+    }
+    inputs = {key: torch.randn(size, device=device, dtype=dtype) for key, size in given.items()}
+    inputs["timestep"] = torch.full((2,), 500.0, device=device)
+    norms = sdcore.FastNorms()
+    unet = unet.eval().requires_grad_(False)
+    return Case(name, unet, None, inputs, predicted, {"FastNorms": (norms, norms)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways
+
+
+@contextlib.contextmanager
+def compiled(case: Case, mode: str | None) -> Iterator[Any]:
+    torch._dynamo.reset()
+    if case.part is None:
+        yield torch.compile(case.model, mode=mode, dynamic=False)
+        return
+    part = getattr(case.model, case.part)
+    setattr(case.model, case.part, torch.compile(part, mode=mode, dynamic=False))
+    try:
+        yield case.model
+    finally:
+        setattr(case.model, case.part, part)
+
+
+Way = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def ways(case: Case, peers: str) -> dict[str, tuple[Way, Way]]:
+    """Of each, in one graph by hand, and end to end."""
+
+    def plain() -> Any:
+        return contextlib.nullcontext(case.model)
+
+    @contextlib.contextmanager
+    def patched(method: sdcore.Method) -> Iterator[Any]:
+        with sdcore.patch(case.model, method):
+            yield case.model
+
+    found: dict[str, tuple[Way, Way]] = {"as it is": (plain, plain)}
+    for name, (by_hand, alone) in case.methods.items():
+        found[name] = (lambda m=by_hand: patched(m)), (lambda m=alone: patched(m))
+    for name, mode in COMPILED.items():
+        if peers in name:
+            in_graph = mode and f"{mode}-no-cudagraphs"
+            found[name] = (lambda m=in_graph: compiled(case, m)), (lambda m=mode: compiled(case, m))
+    return found
+
+
+def wall_clock(call: Callable[[], Any]) -> tuple[float, float, str]:
+    for _ in range(3):
+        call()
+    samples = []
+    for _ in range(CALLS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e3)
+    quarters = statistics.quantiles(samples, n=4)
+    return statistics.median(samples), (quarters[2] - quarters[0]) / 2, "end to end"
+
+
+def exact(case: Case) -> Tensor:
+    wider = torch.float64 if next(case.model.parameters()).dtype == torch.float32 else torch.float32
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        model = copy.deepcopy(case.model).to(wider)
+        inputs = {key: one.to(wider) for key, one in case.inputs.items()}
+        return case.call(model, inputs)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def operations(case: Case) -> int:
+    with FlopCounterMode(display=False) as counter:
+        case.call(case.model, case.inputs)
+    return counter.get_total_flops()
+
+
+def product_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    taken = measure.milliseconds(torch.mm, [(a, b)], "cuda")[0]
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * size**3 / (taken * 1e-3)
+
+
+def measured(case: Case, device: str, peers: str) -> list[Row]:
+    dtype = next(case.model.parameters()).dtype
+    wanted = exact(case)
+    floor = operations(case) / product_rate(dtype) * 1e3 if device == "cuda" else 0.0
+    if floor:
+        print(f"{case.name}: {operations(case) / 1e12:.2f} TFLOP, {floor:.2f} ms of products")
+    rows: list[Row] = []
+    allowed = 0.0
+    for name, both in ways(case, peers).items():
+        for in_graph, way in zip((True, False), both, strict=True):
+            if in_graph and device != "cuda":
+                continue
+            with way() as model:
+                off = float((case.call(model, case.inputs).to(wanted) - wanted).norm())
+                off /= float(wanted.norm())
+                allowed = allowed or 2 * off + torch.finfo(dtype).eps
+                if off > allowed:
+                    raise SystemExit(
+                        f"{case.name}, {name}: off by {off:.2e}, allowed {allowed:.2e}"
+                    )
+
+                def call(*_: Any, model: Any = model) -> Tensor:
+                    return case.call(model, case.inputs)
+
+                taken = measure.milliseconds(call, [()], device) if in_graph else wall_clock(call)
+            what = "float64" if wanted.dtype == torch.float64 else "float32"
+            rows.append(
+                Row(
+                    "fast_decoder", f"{case.name}, {taken[2]}", name,
+                    str(dtype).removeprefix("torch."), *taken,
+                    f"{what}, off by {off:.1e}", f"{100 * floor / taken[0]:.0f} %" if floor else "",
+                    device=device,
+                )
+            )  # fmt: skip
+            print(f"{case.name}, {name}, {taken[2]}: {taken[0]:.2f} ms", flush=True)
+    rows.sort(key=lambda row: row.timing)
+    for row in rows:
+        if row.implementation in case.methods:
+            row.ratios = {
+                other.implementation: other.milliseconds / row.milliseconds
+                for other in rows
+                if other.timing == row.timing and other.implementation not in case.methods
+            }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--cases", default="", help="those whose name holds this")
+    parser.add_argument("--peers", default="", help="those of torch.compile whose name holds this")
+    given = parser.parse_args()
+    rows: list[Row] = []
+    for case in cases(given.device, given.cases):
+        more = measured(case, given.device, given.peers)
+        measure.report(more, given.csv, rows)
+        rows += more
+
+
+if __name__ == "__main__":
+    main()

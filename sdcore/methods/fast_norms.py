@@ -1,0 +1,238 @@
+"""Group norms of a UNet or a VAE by ``group_norm_silu``, with the SiLU and the shift around them.
+
+For the time of a call the parts concerned have a ``forward`` of ours, and none after it. A part
+that has something of its own by then, a hook, another ``forward``, a LoRA's layer in the place of
+a convolution, is called as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcore.graphs import variant
+from sdcore.methods.cross_attention import turn
+from sdcore.ops import group_norm_silu
+from sdcore.ops.dtypes import wide_of
+from sdcore.patching import Method
+
+
+class FastNorms(Method):
+    """Group normalization of the UNet and of the VAE's decoder by ``sdcore.ops.group_norm_silu``.
+
+    ResNet blocks have it as one with the SiLU after it and, the second, with what is added for the
+    time and the bias of the convolution before it. ::
+
+        with sdcore.patch(pipe, sdcore.FastNorms()):
+            image = pipe(prompt).images[0]
+
+    Also on a bare model, where its own calls are meant, a VAE's ``encode`` among them:
+    ``sdcore.patch(vae, sdcore.FastNorms())``.
+
+    Results differ by rounding alone. Blocks that are normalized otherwise (spatial norms, scale and
+    shift by the time), or have hooks on their norms, are left as they are; so is all under gradient
+    checkpointing. Weights, and LoRA on convolutions, may change between calls.
+
+    Raises:
+        TypeError: when it is put on, if there is no group norm.
+    """
+
+    def check(self, pipe: Any) -> None:
+        parts = [pipe] if isinstance(pipe, nn.Module) else [pipe.unet, pipe.vae]
+        if not any(True for part in parts for _ in _replaced(_original(part))):
+            raise TypeError(f"{type(pipe).__name__} has no group norm that FastNorms knows")
+
+    def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
+        return replaced_forwards(module, _replaced(_original(module)))
+
+
+def _original(module: Any) -> Any:
+    """Also of what ``torch.compile`` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+# ---------------------------------------------------------------------------------------------
+# A forward of ours, for a time and in one thread
+
+_active: ContextVar[bool] = ContextVar("sdcore_forwards", default=False)
+# Where a part keeps the forward of its own that it had, as what torch.compile returns has one.
+_BEFORE = "_sdcore_forward_before"
+
+
+@contextlib.contextmanager
+def replaced_forwards(
+    module: Any, parts: Iterator[tuple[nn.Module, Callable[..., Any]]]
+) -> Iterator[None]:
+    """Within it these parts of ``module`` compute by functions of ours, made by :func:`ours`, in
+    this thread. Threads that do so with one module take turns."""
+    with turn(module), contextlib.ExitStack() as stack:
+        for part, function in list(parts):
+            # In the dictionary itself: nn.Module's setattr takes its time.
+            own = vars(part)
+            if "forward" in own:
+                before = own["forward"]
+                stack.callback(own.__setitem__, "forward", before)
+                stack.callback(own.pop, _BEFORE, None)
+                own[_BEFORE] = before
+            else:
+                stack.callback(own.pop, "forward", None)
+            own["forward"] = MethodType(function, part)
+        stack.callback(_active.reset, _active.set(True))
+        stack.callback(variant.reset, variant.set((variant.get(), "replaced forwards")))
+        yield
+
+
+def ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as a forward that other threads see nothing of."""
+
+    def forward(self: nn.Module, *args: Any, **options: Any) -> Any:
+        # What torch.compile traces has this forward among its conditions.
+        if torch.compiler.is_compiling() or _active.get():
+            return function(self, *args, **options)
+        before = vars(self).get(_BEFORE)
+        if before is not None:
+            return before(*args, **options)
+        return type(self).forward(self, *args, **options)
+
+    return forward
+
+
+def untouched(part: Any) -> bool:
+    """Without hooks and without a forward of its own."""
+    own = vars(part)
+    return not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
+        or "_hf_hook" in own
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts
+
+
+def normed(
+    norm: nn.Module,
+    x: Tensor,
+    silu: bool,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Any:
+    """``group_norm_silu`` with the weights of a norm that :func:`is_norm`."""
+    weight, bias = (
+        # Under autocast x may be of half a type where weights are not, and the other way around.
+        one if one is None or one.dtype in (x.dtype, wide_of(x.dtype)) else one.to(wide_of(x.dtype))
+        for one in (norm.weight, norm.bias)
+    )
+    return group_norm_silu(
+        x, norm.num_groups, weight, bias, norm.eps, silu=silu, shift=shift, residual=residual
+    )
+
+
+def is_norm(part: Any) -> bool:
+    return type(part) is nn.GroupNorm and untouched(part)
+
+
+def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution without its bias, and the bias, [C]; with it, and None, if it is not a plain
+    one. PyTorch adds biases in a pass of their own over what cuDNN wrote."""
+    if not is_conv(conv) or conv.bias is None:
+        return conv(x), None
+    return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def is_conv(part: Any) -> bool:
+    return type(part) is nn.Conv2d and untouched(part)
+
+
+def is_resnet(part: Any) -> bool:
+    """A ResNet block of Diffusers' whose norms can be ours."""
+    return (
+        type(part).__name__ == "ResnetBlock2D"
+        and part.upsample is None
+        and part.downsample is None
+        and (part.time_emb_proj is None or part.time_embedding_norm == "default")
+        and type(part.nonlinearity) is nn.SiLU
+        and untouched(part.nonlinearity)
+        and is_norm(part.norm1)
+        and is_norm(part.norm2)
+    )
+
+
+def _replaced(model: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """All parts of a model that get a forward, with it."""
+    if torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+        return  # layers are computed again in a thread of autograd's, and must be the same
+    waiting = [model]
+    while waiting:
+        part = waiting.pop()
+        # Layer norms alone, and most of a UNet's parts.
+        if type(part).__name__ == "BasicTransformerBlock":
+            continue
+        if is_resnet(part) and untouched(part):
+            yield part, _RESNET
+            continue
+        parts = vars(part)["_modules"]
+        norm, act = parts.get("conv_norm_out"), parts.get("conv_act")
+        with_silu = is_norm(norm) and type(act) is nn.SiLU and untouched(act)
+        if with_silu:
+            yield norm, _NORM_SILU
+            yield act, _NOTHING
+        for inner in parts.values():
+            if inner is None or (with_silu and inner in (norm, act)):
+                continue
+            if is_norm(inner):
+                yield inner, _NORM
+            else:
+                waiting.append(inner)
+
+
+def _norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
+    if x.ndim != 3 or x.is_contiguous():
+        return normed(self, x, silu=False)
+    # [B, C, N] of an attention, which has channels side by side.
+    return normed(self, x.unsqueeze(3), silu=False).squeeze(3)
+
+
+def _norm_silu(self: nn.GroupNorm, x: Tensor) -> Tensor:
+    return normed(self, x, silu=True)
+
+
+def _nothing(self: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
+def _resnet(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:
+    if self.time_emb_proj is None and temb is not None:
+        return type(self).forward(self, input_tensor, temb)
+    h, bias = convolved(self.conv1, normed(self.norm1, input_tensor, silu=True))
+    shift = None if bias is None else bias.expand(len(h), -1)
+    if self.time_emb_proj is not None:
+        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        shift = temb if shift is None else temb + shift
+    h = self.conv2(self.dropout(normed(self.norm2, h, silu=True, shift=_as(shift, h))))
+    x = input_tensor
+    if self.conv_shortcut is not None:
+        x = self.conv_shortcut(x.contiguous() if self.training else x)
+    out = x + h
+    return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+
+def _as(shift: Tensor | None, x: Tensor) -> Tensor | None:
+    """Of a dtype that ``group_norm_silu`` takes with x."""
+    if shift is None or shift.dtype in (x.dtype, wide_of(x.dtype)):
+        return shift
+    return shift.to(wide_of(x.dtype))
+
+
+_RESNET, _NORM, _NORM_SILU, _NOTHING = map(ours, (_resnet, _norm, _norm_silu, _nothing))
