@@ -1,6 +1,7 @@
 """Decoders with ``FastDecoder`` and with ``FastNorms``, and a UNet with ``FastNorms``.
 
-``python -m benchmarks.bench_fast_decoder [--device cuda] [--csv FILE] [--cases PART] [--peers PART]``
+``python -m benchmarks.bench_fast_decoder [--device cuda] [--csv FILE]
+[--cases PART] [--peers PART]``
 
 On a GPU the VAE and the UNet have the sizes of SDXL's, with random weights, in bfloat16: decoding
 for a picture of 1024 pixels; the same in float32, in which SDXL's pipelines decode; decoding with
@@ -74,8 +75,9 @@ def decoded(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def pulled(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     z = inputs["z"].detach().requires_grad_()
-    out = model.decode(z, return_dict=False)[0]
-    return torch.autograd.grad(out, z, inputs["grad"])[0]
+    model.decode(z, return_dict=False)[0].backward(inputs["grad"])
+    assert z.grad is not None
+    return z.grad
 
 
 def predicted(model: Any, inputs: dict[str, Tensor]) -> Tensor:

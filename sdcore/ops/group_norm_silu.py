@@ -158,8 +158,17 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def _as(one: Tensor, x: Tensor) -> Tensor:
     """In x's memory format."""
-    format = _format(x) if _channels_last(x) else torch.contiguous_format
-    return one.contiguous(memory_format=format)
+    return one.contiguous(memory_format=_format_of(x))
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    return _format(x) if _channels_last(x) else torch.contiguous_format
+
+
+def _like(x: Tensor) -> Tensor:
+    """With that format's own strides. Those of x may be others where an axis has one place, and
+    PyTorch's convolutions then take it for contiguous."""
+    return torch.empty_like(x, memory_format=_format_of(x))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,8 +189,8 @@ def _fake(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return torch.empty_like(x), total, _statistics(x, groups), _statistics(x, groups)
+    total = x.new_empty(0) if residual is None else _like(x)
+    return _like(x), total, _statistics(x, groups), _statistics(x, groups)
 
 
 # y, s (empty without a residual), and of the groups [B, groups] the means, of what values are off
@@ -208,7 +217,7 @@ def _fake_backward(
 ) -> list[Tensor]:
     parts = (x, weight, bias, shift)
     return [
-        torch.empty_like(one) if one is not None and needed else x.new_empty(0)
+        _like(one) if one is not None and needed else x.new_empty(0)
         for one, needed in zip(parts, needs, strict=True)
     ]
 

@@ -262,6 +262,17 @@ def test_layouts(platform: Platform) -> None:
                 assert a.is_contiguous(memory_format=form)
 
 
+@pytest.mark.parametrize("platform", ALL)
+def test_one_sample_of_an_odd_stride(platform: Platform) -> None:
+    """It lies channels last, and must be seen to do so by PyTorch, which looks at that stride."""
+    x = torch.randn(1, 6, 5, 8, device=platform.device).permute(0, 3, 1, 2)
+    odd = x.as_strided(x.shape, (8, *x.stride()[1:]))
+    with platform.forced():
+        found = group_norm_silu(odd, 4, residual=odd)
+    for one in found:
+        assert one.stride() == x.stride()
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 0)])
 @pytest.mark.parametrize("platform", ALL)
 def test_nothing_there(platform: Platform, shape: tuple[int, ...]) -> None:
