@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sdcore.triton_kernels import chips
 
-# Values of a tile, that is of one step of a program, and its warps: 32 a thread. With 8 warps, which
-# leave fewer loads in flight, passes that write took 1.2 to 1.35 times as long (H100).
+# Values of a tile, that is of one step of a program, and its warps: 32 a thread. With 8 warps,
+# which have fewer loads in flight, passes that write took 1.2 to 1.35 times as long (H100).
 TILE, WARPS = 4096, 4
 # Programs on each multiprocessor, of the passes that leave sums, and of how many tiles one has been
 # asked for at a time: 60 µs where one at a time took 100, and four programs of one 61.

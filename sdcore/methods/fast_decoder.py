@@ -25,6 +25,7 @@ from sdcore.methods.fast_norms import (
     is_conv,
     is_norm,
     is_resnet,
+    is_silu,
     normed,
     ours,
     replaced_forwards,
@@ -97,8 +98,7 @@ class FastDecoder(Method):
         kept = self._graphs.get(_original(outer))
         if kept is not None:
             kept.state_known = False
-        parts = iter([(outer, self._forward)])
-        with _not_compiled(outer), replaced_forwards(module, parts):
+        with _not_compiled(outer), replaced_forwards(module, [(outer, self._forward)]):
             yield
 
     def _forward_of(
@@ -228,7 +228,7 @@ def _normed(norm: nn.Module, total: _Sum, act: nn.Module | None) -> tuple[Tensor
         total = _Sum(total.made())
         out = norm(total.x)
         return (out if act is None else act(out)), total
-    silu = type(act) is nn.SiLU and untouched(act)
+    silu = is_silu(act)
     shift = None if total.shift is None else total.shift.expand(len(total.x), -1)
     out = normed(norm, total.x, silu, shift, total.residual)
     if total.residual is not None:

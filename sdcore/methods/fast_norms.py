@@ -8,7 +8,7 @@ a convolution, is called as it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
@@ -45,7 +45,9 @@ class FastNorms(Method):
 
     def check(self, pipe: Any) -> None:
         parts = [pipe] if isinstance(pipe, nn.Module) else [pipe.unet, pipe.vae]
-        if not any(True for part in parts for _ in _replaced(_original(part))):
+        with torch.no_grad():
+            there = any(_replaced(_original(part)) for part in parts)
+        if not there:
             raise TypeError(f"{type(pipe).__name__} has no group norm that FastNorms knows")
 
     def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
@@ -67,12 +69,12 @@ _BEFORE = "_sdcore_forward_before"
 
 @contextlib.contextmanager
 def replaced_forwards(
-    module: Any, parts: Iterator[tuple[nn.Module, Callable[..., Any]]]
+    module: Any, parts: Iterable[tuple[nn.Module, Callable[..., Any]]]
 ) -> Iterator[None]:
     """Within it these parts of ``module`` compute by functions of ours, made by :func:`ours`, in
     this thread. Threads that do so with one module take turns."""
     with turn(module), contextlib.ExitStack() as stack:
-        for part, function in list(parts):
+        for part, function in parts:
             # In the dictionary itself: nn.Module's setattr takes its time.
             own = vars(part)
             if "forward" in own:
@@ -162,39 +164,41 @@ def is_resnet(part: Any) -> bool:
         and part.upsample is None
         and part.downsample is None
         and (part.time_emb_proj is None or part.time_embedding_norm == "default")
-        and type(part.nonlinearity) is nn.SiLU
-        and untouched(part.nonlinearity)
+        and is_silu(part.nonlinearity)
         and is_norm(part.norm1)
         and is_norm(part.norm2)
     )
 
 
-def _replaced(model: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+def _replaced(model: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """All parts of a model that get a forward, with it."""
-    if torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
-        return  # layers are computed again in a thread of autograd's, and must be the same
+    found: list[tuple[nn.Module, Callable[..., Any]]] = []
     waiting = [model]
     while waiting:
         part = waiting.pop()
         # Layer norms alone, and most of a UNet's parts.
         if type(part).__name__ == "BasicTransformerBlock":
             continue
+        own = vars(part)
+        if own.get("gradient_checkpointing") and torch.is_grad_enabled():
+            return []  # layers are computed again, in a thread of autograd's, and must be the same
         if is_resnet(part) and untouched(part):
-            yield part, _RESNET
+            found.append((part, _RESNET))
             continue
-        parts = vars(part)["_modules"]
-        norm, act = parts.get("conv_norm_out"), parts.get("conv_act")
-        with_silu = is_norm(norm) and type(act) is nn.SiLU and untouched(act)
-        if with_silu:
-            yield norm, _NORM_SILU
-            yield act, _NOTHING
+        parts = dict(own["_modules"])
+        if is_norm(parts.get("conv_norm_out")) and is_silu(parts.get("conv_act")):
+            found.append((parts.pop("conv_norm_out"), _NORM_SILU))
+            found.append((parts.pop("conv_act"), _NOTHING))
         for inner in parts.values():
-            if inner is None or (with_silu and inner in (norm, act)):
-                continue
             if is_norm(inner):
-                yield inner, _NORM
-            else:
+                found.append((inner, _NORM))
+            elif inner is not None:
                 waiting.append(inner)
+    return found
+
+
+def is_silu(part: Any) -> bool:
+    return type(part) is nn.SiLU and untouched(part)
 
 
 def _norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
