@@ -11,13 +11,14 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _log = logging.getLogger("sdcore")
 
@@ -42,10 +43,17 @@ class Graphs:
         function: what to capture.
         name: what it is called in messages.
         most: graphs to keep; the one that was not used for the longest time goes first.
+        gradients: whether gradients to tensors among the arguments may be asked for, and then have
+            a graph of their own. Nothing else that the function reads may need one. What they need
+            stays in the graphs' memory; if another call came in between, the function is replayed
+            for it again. Without, a function whose gradient is wanted is called.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, most: int = 8) -> None:
+    def __init__(
+        self, function: Callable[..., Any], name: str, most: int = 8, *, gradients: bool = False
+    ) -> None:
         self.function, self.name, self.most = function, name, most
+        self.gradients = gradients
         self.captures = 0
         self.replays = 0
         self._kept: OrderedDict[tuple, _Captured | None] = OrderedDict()
@@ -54,6 +62,8 @@ class Graphs:
         self._pool: Any = None
         self._lock = threading.Lock()
         self._copied: torch.cuda.Event | None = None
+        # Of the last replay: what it left in the memory that all graphs share.
+        self._turn: object = None
 
     @property
     def state(self) -> Hashable:
@@ -75,10 +85,14 @@ class Graphs:
         if reason is not None:
             self._say(reason)
             return self.function(*args, **kwargs)
+        wanted = _wanted(tensors)
         with self._lock:
-            graph = self._graph((layout, self._state, _modes()), args, kwargs, tensors)
-            if graph is not None:
+            key = layout, wanted, self._state, _modes()
+            graph = self._graph(key, args, kwargs, tensors)
+            if graph is not None and not any(wanted):
                 return self._replayed(graph, tensors)
+        if graph is not None:
+            return _filled(graph.out, iter(_Differentiable.apply(self, graph, *tensors)))
         return self.function(*args, **kwargs)
 
     def _graph(self, key: tuple, args: Any, kwargs: Any, tensors: list[Tensor]) -> _Captured | None:
@@ -90,16 +104,37 @@ class Graphs:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _replayed(self, graph: _Captured, tensors: list[Tensor]) -> Any:
-        stream = torch.cuda.current_stream(tensors[0].device)
-        if self._copied is not None:  # by whichever stream had the graph before
+    def _replayed(self, graph: _Captured, tensors: Sequence[Tensor]) -> Any:
+        with self._in_turn(tensors[0].device):
+            torch._foreach_copy_(graph.inputs, list(tensors))
+            graph.graph.replay()
+            return _copied(graph.out)
+
+    def _pulled(
+        self, graph: _Captured, tensors: Sequence[Tensor], turn: object, grads: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """Gradients to the inputs, after the replay that had this turn."""
+        assert graph.backward is not None
+        again = self._turn is not turn
+        with self._in_turn(tensors[0].device):
+            if again:
+                torch._foreach_copy_(graph.inputs, list(tensors))
+                graph.graph.replay()
+            for kept, grad in zip(graph.grads, grads, strict=True):
+                if kept is not None:
+                    kept.zero_() if grad is None else kept.copy_(grad)
+            graph.backward.replay()
+            return [None if one is None else one.clone() for one in graph.found]
+
+    @contextlib.contextmanager
+    def _in_turn(self, device: torch.device) -> Iterator[None]:
+        stream = torch.cuda.current_stream(device)
+        if self._copied is not None:  # by whichever stream had the graphs before
             stream.wait_event(self._copied)
-        torch._foreach_copy_(graph.inputs, tensors)
-        graph.graph.replay()
-        out = _copied(graph.out)
-        self._copied = stream.record_event()
+        self._turn = object()
         self.replays += 1
-        return out
+        yield
+        self._copied = stream.record_event()
 
     def clear(self) -> None:
         """Drops all graphs, and gives their memory back."""
@@ -119,7 +154,7 @@ class Graphs:
             return f"its tensors are not on one GPU, but on {where}"
         if torch.cuda.is_current_stream_capturing():
             return "it is within a capture already"
-        if any(one.requires_grad for one in tensors) and torch.is_grad_enabled():
+        if any(_wanted(tensors)) and not self.gradients:
             return "a gradient flows through its arguments"
         return None
 
@@ -130,27 +165,41 @@ class Graphs:
 
     def _captured(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> _Captured | None:
         device = tensors[0].device
-        inputs = [one.clone() for one in tensors]
+        wanted = _wanted(tensors)
+        inputs = [
+            one.detach().clone().requires_grad_(needed)
+            for one, needed in zip(tensors, wanted, strict=True)
+        ]
         again = iter(inputs)
         args, kwargs = _filled((args, kwargs), again)
         side = torch.cuda.Stream(device)
-        graph = torch.cuda.CUDAGraph()
+        captured = _Captured(torch.cuda.CUDAGraph(), inputs)
         # One pool for all: results are copied out before another graph runs.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+
+        def capture(graph: torch.cuda.CUDAGraph) -> Any:
+            # Other threads may go on using the GPU.
+            return torch.cuda.graph(
+                graph, self._pool, stream=side, capture_error_mode="thread_local"
+            )
+
         try:
             with torch.cuda.device(device), _casts_anew():
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(WARM_UP):
-                        self.function(*args, **kwargs)
+                        captured.pull(self.function(*args, **kwargs))
                     # In a capture, waiting is an error that harms more than the capture.
                     with _waiting_is_an_error():
-                        self.function(*args, **kwargs)
-                    # Other threads may go on using the GPU.
-                    with torch.cuda.graph(
-                        graph, self._pool, stream=side, capture_error_mode="thread_local"
-                    ):
+                        captured.pull(self.function(*args, **kwargs))
+                    with capture(captured.graph):
                         out = self.function(*args, **kwargs)
+                    if any(wanted):
+                        captured.backward = torch.cuda.CUDAGraph()
+                        captured.make_grads(out)
+                        with capture(captured.backward):
+                            captured.found = captured.pull(out)
+                captured.out = _filled(out, (one.detach() for one in _tensors(out)))
                 torch.cuda.current_stream().wait_stream(side)
         except torch.cuda.OutOfMemoryError:
             raise
@@ -158,7 +207,7 @@ class Graphs:
             self._say(f"its capture failed: {str(error).splitlines()[0]}")
             return None
         self.captures += 1
-        return _Captured(graph, inputs, out)
+        return captured
 
 
 class _Hashed:
@@ -203,7 +252,53 @@ def _casts_anew() -> Iterator[None]:
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    out: Any
+    out: Any = None
+    backward: torch.cuda.CUDAGraph | None = None
+    grads: list[Tensor | None] = field(default_factory=list)  # of what there is in out
+    found: list[Tensor | None] = field(default_factory=list)  # of the inputs
+
+    def make_grads(self, out: Any) -> None:
+        self.grads = [torch.zeros_like(one) if one.requires_grad else None for one in _tensors(out)]
+
+    def pull(self, out: Any) -> list[Tensor | None]:
+        """Gradients of ``out`` to the inputs that want one."""
+        leaves = [one for one in self.inputs if one.requires_grad]
+        if not leaves:
+            return []
+        if not self.grads:
+            self.make_grads(out)
+        pairs = [
+            (one, grad)
+            for one, grad in zip(_tensors(out), self.grads, strict=True)
+            if grad is not None
+        ]
+        ends, grads = zip(*pairs, strict=True) if pairs else ((), ())
+        found = iter(torch.autograd.grad(ends, leaves, grads, allow_unused=True) if pairs else ())
+        return [next(found, None) if one.requires_grad else None for one in self.inputs]
+
+
+class _Differentiable(torch.autograd.Function):
+    """A replay, and later that of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: Graphs, graph: _Captured, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with owner._lock:
+            out = _tensors(owner._replayed(graph, tensors))
+            ctx.turn = owner._turn
+        ctx.owner, ctx.graph = owner, graph
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(
+            *(one for one, grad in zip(out, graph.grads, strict=True) if grad is None)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with ctx.owner._lock:
+            found = ctx.owner._pulled(ctx.graph, ctx.saved_tensors, ctx.turn, grads)
+        return None, None, *found
 
 
 def _layout(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -234,7 +329,20 @@ def fits(value: Any) -> bool:
 
 def kind_of(value: Any) -> Hashable:
     """Of what a captured function is given, what needs a graph of its own."""
-    return _layout(value, []), _modes()
+    tensors: list[Tensor] = []
+    return _layout(value, tensors), _wanted(tensors), _modes()
+
+
+def _wanted(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of them a gradient is wanted to."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and one.requires_grad for one in tensors)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _layout(value, found)
+    return found
 
 
 def _filled(value: Any, tensors: Any) -> Any:

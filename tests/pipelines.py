@@ -101,3 +101,35 @@ def small(tokens: CLIPTokenizer, steps: int = STEPS) -> Small:
     pipe.__class__ = Small
     pipe.steps = steps
     return pipe
+
+
+def trace(pipe: Any) -> dict[str, Any]:
+    """All that a patch could have changed of a pipeline, or a bare model, but for weights."""
+    found: dict[str, Any] = {
+        "class": type(pipe),
+        "attributes": {name: id(value) for name, value in vars(pipe).items() if name[0] != "_"},
+        "config": dict(pipe.config),
+        "call": pipe.__call__.__func__,
+    }
+    parts = {"itself": pipe} if isinstance(pipe, nn.Module) else pipe.components
+    for name, part in parts.items():
+        found[name] = id(part), type(part)
+        if isinstance(part, nn.Module):
+            found[name, "keys"] = list(part.state_dict())
+            found[name, "modules"] = [
+                (
+                    where,
+                    type(module),
+                    module.training,
+                    list(module._forward_hooks),
+                    list(module._forward_pre_hooks),
+                    list(module._backward_hooks),
+                    module.__dict__.get("forward"),
+                    getattr(module, "_hf_hook", None),
+                    id(getattr(module, "processor", None)),
+                    sorted(key for key in vars(module) if key[0] != "_"),
+                )
+                for where, module in part.named_modules()
+            ]
+            found[name, "gradients"] = [one.requires_grad for one in part.parameters()]
+    return found

@@ -176,6 +176,50 @@ def test_a_gradient_within() -> None:
 
 
 @gpu
+def test_a_gradient_has_a_graph_of_its_own() -> None:
+    weight = torch.randn(50, device="cuda")
+
+    def function(x: Tensor, y: Tensor, power: int) -> dict[str, Any]:
+        return {"out": (weight * x**power + y).sin(), "more": (x * y, y.detach() + 1)}
+
+    captured = graphs.Graphs(function, "function", gradients=True)
+    for _ in range(3):
+        x, y = (torch.randn(50, device="cuda", requires_grad=True) for _ in range(2))
+        found, wanted = captured(x, y, power=3), function(x, y, 3)
+        assert not found["more"][1].requires_grad
+        for ends in (["out"], ["out", "more"]):
+            pairs = []
+            for one in (found, wanted):
+                parts = [one["out"], one["more"][0]][: len(ends)]
+                pairs.append(
+                    torch.autograd.grad(sum(map(torch.sum, parts)), (x, y), retain_graph=True)
+                )
+            for a, b in zip(*pairs, strict=True):
+                torch.testing.assert_close(a, b)
+    assert captured.captures == 1
+    frozen = captured(x, y.detach(), power=3)
+    (grad,) = torch.autograd.grad(frozen["out"].sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted["out"].sum(), x)[0])
+    with torch.no_grad():
+        assert not captured(x, y, power=3)["out"].requires_grad
+    assert captured.captures == 3
+
+
+@gpu
+def test_gradients_after_other_calls() -> None:
+    """What a gradient needs lies in the graphs' memory, where another call may have been."""
+    captured = graphs.Graphs(lambda x: (x**2).exp(), "function", gradients=True)
+    given = [torch.randn(size, device="cuda", requires_grad=True) for size in (40, 40, 7000, 40)]
+    outs = [captured(x) for x in given]
+    for x, out in zip(given, outs, strict=True):
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        torch.testing.assert_close(grad.detach(), 2 * x.detach() * (x.detach() ** 2).exp())
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+    assert captured.captures == 2
+
+
+@gpu
 def test_random_numbers_differ_from_replay_to_replay() -> None:
     captured = graphs.Graphs(lambda x: x + torch.randn_like(x), "noise")
     x = torch.zeros(1000, device="cuda")

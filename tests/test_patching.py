@@ -26,6 +26,7 @@ from diffusers import callbacks
 import sdcore
 from sdcore import Method, patching
 from tests import pipelines
+from tests.pipelines import trace
 
 EVERY = [(family, kind) for family in pipelines.FAMILIES for kind in pipelines.KINDS]
 OTHERS = [
@@ -118,37 +119,6 @@ class Add(Method):
 
 # ---------------------------------------------------------------------------------------------
 # Nothing stays behind
-
-
-def trace(pipe: Any) -> dict[str, Any]:
-    """All that a patch could have changed, but for weights."""
-    found: dict[str, Any] = {
-        "class": type(pipe),
-        "attributes": {name: id(value) for name, value in vars(pipe).items() if name[0] != "_"},
-        "config": dict(pipe.config),
-        "call": pipe.__call__.__func__,
-    }
-    for name, part in pipe.components.items():
-        found[name] = id(part), type(part)
-        if isinstance(part, nn.Module):
-            found[name, "keys"] = list(part.state_dict())
-            found[name, "modules"] = [
-                (
-                    where,
-                    type(module),
-                    module.training,
-                    list(module._forward_hooks),
-                    list(module._forward_pre_hooks),
-                    list(module._backward_hooks),
-                    module.__dict__.get("forward"),
-                    getattr(module, "_hf_hook", None),
-                    id(getattr(module, "processor", None)),
-                    sorted(key for key in vars(module) if key[0] != "_"),
-                )
-                for where, module in part.named_modules()
-            ]
-            found[name, "gradients"] = [one.requires_grad for one in part.parameters()]
-    return found
 
 
 def leaves_no_trace(

@@ -30,6 +30,7 @@ from sdcore.methods.fast_norms import (
     ours,
     replaced_forwards,
     untouched,
+    weight_for,
 )
 from sdcore.ops import wide_attention
 from sdcore.ops.dtypes import wide_of
@@ -56,8 +57,9 @@ class FastDecoder(Method):
 
     Args:
         graph: from the second call of a kind on (of a size, dtype and mode), decode by a CUDA
-            graph. It keeps the memory that a call needs, until the method is removed. Not where a
-            gradient is wanted.
+            graph. Where a gradient to the latents is wanted, and the VAE's weights are frozen
+            (``vae.requires_grad_(False)``), it has one as well. Graphs keep the memory that a call
+            needs until the method is removed.
 
     Results differ by rounding alone. In half precision the convolutions after upsampling have sums
     of up to four of their weights, rounded once more. Parts of the decoder that have hooks or a
@@ -109,7 +111,7 @@ class FastDecoder(Method):
         checkpoints = torch.is_grad_enabled() and decoder.gradient_checkpointing
         if latent_embeds is not None or checkpoints:
             return type(decoder).forward(decoder, sample, latent_embeds)
-        if not self.graph or sample.device.type != "cuda" or _differentiates(decoder, sample):
+        if not self.graph or sample.device.type != "cuda" or _trains(decoder):
             return decoded(decoder, sample)
         kept = self._graphs.get(decoder)
         if kept is None:
@@ -127,7 +129,9 @@ class _Graphs:
 
     def __init__(self, decoder: nn.Module) -> None:
         there = weakref.ref(decoder)
-        self.graphs = graphs.Graphs(lambda sample: decoded(there(), sample), "the VAE's decoder")
+        self.graphs = graphs.Graphs(
+            lambda sample: decoded(there(), sample), "the VAE's decoder", gradients=True
+        )
         self.state_known = False
         self._seen: dict[Hashable, None] = {}
 
@@ -165,10 +169,8 @@ def _not_compiled(module: Any) -> Iterator[None]:
         vars(module)["_compiled_call_impl"] = compiled
 
 
-def _differentiates(decoder: nn.Module, sample: Tensor) -> bool:
-    return torch.is_grad_enabled() and (
-        sample.requires_grad or any(one.requires_grad for one in decoder.parameters())
-    )
+def _trains(decoder: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(one.requires_grad for one in decoder.parameters())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def _upsampler(block: Any, total: _Sum) -> _Sum:
         or 4 * made.numel() >= 2**31
     ):
         return _Sum(block(made))
-    kernel = folded(conv.weight).to(made.dtype)
+    kernel = weight_for(made, folded(conv.weight).to(made.dtype))
     return _Sum(F.conv_transpose2d(made, kernel, stride=2, padding=1), conv.bias)
 
 

@@ -148,9 +148,16 @@ def is_norm(part: Any) -> bool:
 def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A convolution without its bias, and the bias, [C]; with it, and None, if it is not a plain
     one. PyTorch adds biases in a pass of their own over what cuDNN wrote."""
-    if not is_conv(conv) or conv.bias is None:
+    if not is_conv(conv):
         return conv(x), None
-    return conv._conv_forward(x, conv.weight, None), conv.bias
+    return conv._conv_forward(x, weight_for(x, conv.weight), None), conv.bias
+
+
+def weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    """In x's memory format: PyTorch would copy it there for the convolution, and for its gradient
+    once more."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return weight.contiguous(memory_format=torch.channels_last) if last else weight
 
 
 def is_conv(part: Any) -> bool:
