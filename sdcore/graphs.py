@@ -382,41 +382,60 @@ def module_state(module: nn.Module) -> Hashable:
 
     It goes through all of the module's parts: ask once a run, not once a call.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in tensors:
-        if tensor.device.type != "cuda":
-            return f"{name} of {type(module).__name__} is on {tensor.device}"
+    where = []
     for name, part in module.named_modules():
-        hook = getattr(part, "_hf_hook", None)
+        own = vars(part)
+        for key, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
+            if tensor is None:
+                continue
+            if tensor.device.type != "cuda":
+                full = f"{name}.{key}" if name else key
+                return f"{full} of {type(module).__name__} is on {tensor.device}"
+            where.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+        hook = own.get("_hf_hook")
         if hook is not None and getattr(hook, "offload", True):
             return (
                 f"a hook of accelerate is on {name or type(module).__name__}: it may be offloaded"
             )
-    where = tuple((one.data_ptr(), one.dtype, one.shape, one.stride()) for _, one in tensors)
-    return where, settings(module)
+    return tuple(where), settings(module)
 
 
 # What PyTorch keeps in every module: its parameters, parts and hooks.
 _EVERY_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_NUMBERS = frozenset({int, float, bool, str, type(None)})
 
 
 def settings(module: nn.Module) -> Hashable:
     """What a module's parts hold besides tensors: numbers, such as those of PEFT's layers, of
     IP-Adapter's processors and of FreeU; processors; hooks; a ``forward`` in place of the class's.
     """
-    return tuple(
-        (
-            type(part),
-            _plain({key: one for key, one in vars(part).items() if key not in _EVERY_MODULES}),
-            vars(part).get("forward"),
-            tuple(part._forward_hooks.values()),
-            tuple(part._forward_pre_hooks.values()),
-            processor,
-            None if processor is None else _plain(vars(processor)),
-        )
-        for part in module.modules()
-        for processor in (getattr(part, "processor", None),)
+    return tuple(map(_settings, module.modules()))
+
+
+def _settings(part: nn.Module) -> Hashable:
+    own = vars(part)
+    # Not by getattr, which in a module without one takes longer than all else here.
+    processor = own.get("processor") or own["_modules"].get("processor")
+    return (
+        type(part),
+        tuple(
+            # As it is where that says all: the fewer tuples are made, the less often are all of
+            # Python's objects gone through for garbage.
+            (key, type(one), one if _says_all(one) else _plain(one))
+            for key, one in own.items()
+            if key not in _EVERY_MODULES
+        ),
+        own.get("forward"),
+        tuple(own["_forward_hooks"].values()),
+        tuple(own["_forward_pre_hooks"].values()),
+        processor,
+        None if processor is None else _plain(vars(processor)),
     )
+
+
+def _says_all(value: Any) -> bool:
+    kind = type(value)
+    return kind in _NUMBERS or (kind is tuple and all(type(one) in _NUMBERS for one in value))
 
 
 def _plain(value: Any) -> Hashable:

@@ -127,11 +127,22 @@ def _statistics(
 
 
 @triton.jit
+def _center(origin, off):
+    """What is taken off the values of a channel, in two parts. The first is near the values, and
+    taking it off rounds only what is far from it; the second is what the first lacks, as one number
+    of float32."""
+    center = origin + off
+    back = center - origin
+    return center, (origin - (center - back)) + (off - back)
+
+
+@triton.jit
 def _finish(
-    means, squares, shift, mean, rstd, eps, parts, length, P, C, width,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    x, means, squares, shift, mean, rstd, table, eps, parts, length, P, C, width,
+    LAST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Of a group: mean and 1 / sqrt(variance + eps), of all parts and channels."""
+    """Of a group: mean and 1 / sqrt(variance + eps), of all parts and channels; and for each of its
+    channels, in ``table`` [B, 3, C], what is taken off, in two parts, and that factor."""
     group, b = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)[None, :]
     channels = group * width + c
@@ -153,22 +164,26 @@ def _finish(
         at = (b.to(tl.int64) * parts + part) * C + channels
         off = tl.load(means + at, inside, 0) + added - whole
         about += tl.sum(tl.load(squares + at, inside, 0) + count * off * off)
+    scale = 1 / tl.sqrt_rn(about / total + eps)
     tl.store(mean + b * tl.num_programs(0) + group, whole)
-    tl.store(rstd + b * tl.num_programs(0) + group, 1 / tl.sqrt_rn(about / total + eps))
+    tl.store(rstd + b * tl.num_programs(0) + group, scale)
+    origin = _origin(x, None, None, b, channels, P, C, width, LAST)
+    center, rest = _center(origin, whole - added)
+    row = table + b.to(tl.int64) * 3 * C + channels
+    tl.store(row, center, c < width)
+    tl.store(row + C, rest, c < width)
+    tl.store(row + 2 * C, tl.broadcast_to(scale, (1, WIDTH)), c < width)
 
 
 @triton.jit
 def _channels(x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST: tl.constexpr):
     """Of a channel: what is taken off its values, in two parts, what they are multiplied by, and
-    its weight and bias. The first part is near the values, and taking it off rounds only what is
-    far from it; the second is what the first lacks, as one number of float32."""
+    its weight and bias."""
     inside = c < C
     group = b * groups + c // width
     origin = _origin(x, None, None, b, c, P, C, width, LAST)
     off = tl.load(mean + group, inside, 0) - _vector(shift, b * C + c, inside, 0.0)
-    center = origin + off
-    back = center - origin
-    rest = (origin - (center - back)) + (off - back)
+    center, rest = _center(origin, off)
     scale = tl.load(rstd + group, inside, 0)
     w, added = _vector(weight, c, inside, 1.0), _vector(bias, c, inside, 0.0)
     return center[None, :], rest[None, :], scale[None, :], w[None, :], added[None, :]
@@ -176,7 +191,7 @@ def _channels(x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAS
 
 @triton.jit
 def _apply(
-    x, out, weight, bias, shift, mean, rstd, P, C, groups, width,
+    x, out, table, weight, bias, P, C,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * PIXELS
@@ -185,10 +200,10 @@ def _apply(
     inside = (first + tl.arange(0, PIXELS)[:, None] < P) & (c < C)[None, :]
     at = _base(b, first, channel, P, C, LAST) + _places(P, C, LAST, PIXELS, CHANNELS)
     value = tl.load(x + at, inside, 0).to(tl.float32)
-    center, rest, scale, w, added = _channels(
-        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
-    )
-    z = (value - center - rest) * scale * w + added
+    row = table + b.to(tl.int64) * 3 * C + c
+    center, rest = tl.load(row, c < C, 0)[None, :], tl.load(row + C, c < C, 0)[None, :]
+    scale = tl.load(row + 2 * C, c < C, 0) * _vector(weight, c, c < C, 1.0)
+    z = (value - center - rest) * scale[None, :] + _vector(bias, c, c < C, 0.0)[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
     tl.store(out + at, z, inside)
@@ -262,12 +277,13 @@ def _added(sums, kind: tl.constexpr, b, channels, inside, parts, C, PARTS: tl.co
 
 @triton.jit
 def _finish_backward(
-    sums, weight, rstd, pulls, to_weight, to_bias, to_shift, parts, P, C, width,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    sums, x, weight, shift, mean, rstd, table, to_weight, to_bias, to_shift, parts, P, C, width,
+    LAST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of a group: what all its values have in common in their gradients, and what they have in
-    proportion to the normalized ones; of its channels what this sample adds to the gradients to
-    weight, bias and shift."""
+    proportion to the normalized ones. For each of its channels, in ``table`` [B, 5, C]: what is
+    taken off, in two parts, what that is multiplied by, and these two. And what this sample adds to
+    the gradients to weight, bias and shift."""
     group, b = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)
     inside, channels = c < width, group * width + c
@@ -277,23 +293,29 @@ def _finish_backward(
     share = 1 / (1.0 * P * width)
     common = share * tl.sum(tl.where(inside, w * plain, 0))
     along = share * tl.sum(tl.where(inside, w * times, 0))
-    at = b * tl.num_programs(0) + group
-    tl.store(pulls + 2 * at, common)
-    tl.store(pulls + 2 * at + 1, along)
+    scale = tl.load(rstd + b * tl.num_programs(0) + group)
+    off = tl.load(mean + b * tl.num_programs(0) + group)
+    origin = _origin(x, None, None, b, channels, P, C, width, LAST)
     at = b.to(tl.int64) * C + channels
+    center, rest = _center(origin, off - _vector(shift, at, inside, 0.0))
+    row = table + b.to(tl.int64) * 5 * C + channels
+    tl.store(row, center, inside)
+    tl.store(row + C, rest, inside)
+    tl.store(row + 2 * C, tl.broadcast_to(scale, (WIDTH,)), inside)
+    tl.store(row + 3 * C, tl.broadcast_to(common, (WIDTH,)), inside)
+    tl.store(row + 4 * C, tl.broadcast_to(along, (WIDTH,)), inside)
     if to_weight is not None:
         tl.store(to_weight + at, times, inside)
     if to_bias is not None:
         tl.store(to_bias + at, plain, inside)
     if to_shift is not None:
         normals = _added(sums, 2, b, channels, inside, parts, C, PARTS)
-        scale = tl.load(rstd + b * tl.num_programs(0) + group)
         tl.store(to_shift + at, scale * (w * plain - P * common - along * normals), inside)
 
 
 @triton.jit
 def _apply_backward(
-    grad, more, x, out, weight, bias, shift, mean, rstd, pulls, P, C, groups, width,
+    grad, more, x, out, table, weight, bias, P, C,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * PIXELS
@@ -303,12 +325,13 @@ def _apply_backward(
     at = _base(b, first, channel, P, C, LAST) + _places(P, C, LAST, PIXELS, CHANNELS)
     value = tl.load(x + at, inside, 0).to(tl.float32)
     slope = tl.load(grad + at, inside, 0).to(tl.float32)
-    center, rest, scale, w, added = _channels(
-        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
-    )
-    group = 2 * (b * groups + c // width)
-    common = tl.load(pulls + group, c < C, 0)[None, :]
-    along = tl.load(pulls + group + 1, c < C, 0)[None, :]
+    row = table + b.to(tl.int64) * 5 * C + c
+    center, rest = tl.load(row, c < C, 0)[None, :], tl.load(row + C, c < C, 0)[None, :]
+    scale = tl.load(row + 2 * C, c < C, 0)[None, :]
+    common = tl.load(row + 3 * C, c < C, 0)[None, :]
+    along = tl.load(row + 4 * C, c < C, 0)[None, :]
+    w = _vector(weight, c, c < C, 1.0)[None, :]
+    added = _vector(bias, c, c < C, 0.0)[None, :]
     normal = (value - center - rest) * scale
     slope = _slope(slope, normal, w, added, SILU)
     found = scale * (w * slope - common - along * normal)
@@ -384,6 +407,7 @@ def forward(
     others = triton.cdiv(channels, tile[1]), batch
     parts, length = _parts(x, pixels, tile)
     means, squares = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
+    table = x.new_empty((batch, 3, channels), dtype=torch.float32)
     with chips.on(x):
         _statistics[(parts, *others)](
             x, residual, None if residual is None else shift, None if residual is None else total,
@@ -392,12 +416,11 @@ def forward(
         if residual is not None:  # in the sum already
             x, shift = total, None
         _finish[(groups, batch)](
-            means, squares, shift, mean, rstd, eps, parts, length, pixels, channels, width,
-            **_finish_tile(parts, width), num_warps=4,
+            x, means, squares, shift, mean, rstd, table, eps, parts, length, pixels, channels,
+            width, LAST=last, **_finish_tile(parts, width), num_warps=4,
         )  # fmt: skip
         _apply[(triton.cdiv(pixels, tile[0]), *others)](
-            x, out, weight, bias, shift, mean, rstd, pixels, channels, groups, width, SILU=silu,
-            **kinds,
+            x, out, table, weight, bias, pixels, channels, SILU=silu, **kinds,
         )  # fmt: skip
 
 
@@ -431,7 +454,7 @@ def backward(
     to_x, *vectors = found
     shifted = vectors[2].numel() > 0
     sums = x.new_empty((2 + shifted, batch, parts, channels), dtype=torch.float32)
-    pulls = x.new_empty((batch, groups, 2), dtype=torch.float32)
+    table = x.new_empty((batch, 5, channels), dtype=torch.float32)
     each = [
         x.new_empty((batch, channels), dtype=torch.float32) if one.numel() else None
         for one in vectors
@@ -443,12 +466,12 @@ def backward(
             AHEAD=AHEAD, **kinds,
         )  # fmt: skip
         _finish_backward[(groups, batch)](
-            sums, weight, rstd, pulls, *each, parts, pixels, channels, width,
-            **_finish_tile(parts, width), num_warps=4,
+            sums, x, weight, shift, mean, rstd, table, *each, parts, pixels, channels, width,
+            LAST=last, **_finish_tile(parts, width), num_warps=4,
         )  # fmt: skip
         if to_x.numel():
             _apply_backward[(triton.cdiv(pixels, tile[0]), *others)](
-                grad, more, x, to_x, *given, pulls, pixels, channels, groups, width, **kinds
+                grad, more, x, to_x, table, weight, bias, pixels, channels, **kinds
             )  # fmt: skip
     for one, of_samples in zip(vectors, each, strict=True):
         if of_samples is not None:
