@@ -340,8 +340,9 @@ def test_a_compiled_decoder(
     assert norms.calls == 0
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["torch.compile(unet)", "unet.compile()"])
+@pytest.mark.parametrize(
+    ("when", "how"), [("before", "unet.compile()"), ("after", "torch.compile(unet)")]
+)
 def test_a_compiled_unet(tokens: Any, when: str, how: str, norms: Counted) -> None:
     torch._dynamo.reset()
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
