@@ -2,6 +2,7 @@
 
 from sdcore import ops
 from sdcore.backends import backend
+from sdcore.methods.color_guidance import ColorGuidance
 from sdcore.methods.delta_sampling import Control, DeltaSampling
 from sdcore.methods.fast_decoder import FastDecoder
 from sdcore.methods.fast_norms import FastNorms
@@ -14,6 +15,7 @@ from sdcore.patching import Handle, Method, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "ColorGuidance",
     "Control",
     "DeltaSampling",
     "FastDecoder",

@@ -240,6 +240,8 @@ class Call:
     options: dict[str, Any]
     #: How far it was moved.
     shift: Tensor | None = None
+    #: Whether it has the rows of the prompt and no others: see :meth:`of_prompt`.
+    prompt_alone: bool = False
 
     @property
     def index(self) -> int:
@@ -269,13 +271,17 @@ class Call:
     @property
     def unconditional(self) -> slice | None:
         """The rows of the negative prompt; None if the pipeline does not guide at this moment."""
-        return slice(0, self._half()) if self.run.guided else None
+        return slice(0, self._half()) if self._guided else None
 
     @property
     def conditional(self) -> slice:
         """The rows of the prompt."""
         rows = len(self.sample)
-        return slice(self._half(), rows) if self.run.guided else slice(0, rows)
+        return slice(self._half(), rows) if self._guided else slice(0, rows)
+
+    @property
+    def _guided(self) -> bool:
+        return self.run.guided and not self.prompt_alone
 
     def _half(self) -> int:
         rows = len(self.sample)
@@ -295,7 +301,28 @@ class Call:
                 "the pipeline called its UNet without scheduler.scale_model_input before; so its "
                 "unscaled sample is not known"
             )
-        return self.run._latents[: self._half() if self.run.guided else None]
+        return self.run._latents[: len(self.sample[self.conditional])]
+
+    def of_prompt(self) -> Call:
+        """The call with the rows of the prompt alone, as a pipeline that does not guide would make
+        it: of all tensors among the options that have a row for each of the sample's, these."""
+        if not self._guided:
+            return self
+        rows, count = self.conditional, len(self.sample)
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.ndim and len(value) == count else value
+            if isinstance(value, dict):
+                return {name: of(one) for name, one in value.items()}
+            return type(value)(map(of, value)) if isinstance(value, (tuple, list)) else value
+
+        parts = of((self.sample, self.timestep, self.encoder_hidden_states, self.options))
+        sample, timestep, text, options = parts
+        return replace(
+            self, sample=sample, timestep=timestep, encoder_hidden_states=text, options=options,
+            prompt_alone=True,
+        )  # fmt: skip
 
     def moved(self, by: Tensor) -> Call:
         """The call with its sample moved by ``by`` [B, C, h, w], in the space of the UNet's input,

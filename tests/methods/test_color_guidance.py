@@ -1,0 +1,370 @@
+"""Guidance by the colors of a reference: the published mathematics, and what a run leaves."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+import sdcore
+from sdcore.images import ImageError
+from sdcore.methods import color_guidance
+from sdcore.methods.color_guidance import ColorGuidance, frozen
+from sdcore.ops import random_rotations, sliced_wasserstein
+from tests import pipelines
+
+PALETTE = sdcore.Palette.from_colors(["#ff8800", "#220044", "#88ccee"], [3, 1, 2])
+FEW = {"inner_steps": 2, "rotations": 3, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
+
+
+def off(images: Tensor, palette: sdcore.Palette = PALETTE) -> Tensor:
+    """Of each picture."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.nn.functional.normalize(torch.randn(64, 3, generator=generator), dim=1)
+    return sliced_wasserstein(images.flatten(2).mT, palette, directions=directions)
+
+
+class Kept(sdcore.Method):
+    """Each call of the UNet, as it comes in further out than the guidance, and as it gets there."""
+
+    repeatable = True
+
+    def __init__(self) -> None:
+        self.samples: list[Tensor] = []
+
+    def denoise(self, call, proceed):
+        self.samples.append(call.sample.detach().clone())
+        return proceed(call)
+
+
+# ---------------------------------------------------------------------------------------------
+# The mathematics
+
+
+def published(
+    pipe: Any, x: Tensor, text: Tensor, t: Tensor, reference: Tensor, rate: float, steps: int
+) -> Tensor:
+    """u after the published inner loop in plain PyTorch, without its bootstrap: pictures and
+    reference have as many pixels, and are sorted along each axis of each rotation."""
+    products = pipe.scheduler.alphas_cumprod[t.long()]
+    alpha, sigma = products.sqrt(), (1 - products).sqrt()
+    generator = torch.Generator().manual_seed(FEW["seed"])
+    u = torch.zeros_like(x)
+    for _ in range(steps):
+        u = u.detach().requires_grad_()
+        said = pipe.unet(x + u, t, text).sample
+        if pipe.scheduler.config.prediction_type == "epsilon":
+            clean = (x + u - sigma * said) / alpha
+        else:
+            clean = alpha * (x + u) - sigma * said
+        image = pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample
+        pixels = (image / 2 + 0.5).clamp(0, 1).flatten(2)[0].T
+        rotations = random_rotations(FEW["rotations"], 3, generator=generator)
+        loss = torch.zeros(())
+        for rotation in rotations:
+            ours, theirs = (pixels @ rotation.T).sort(0)[0], (reference @ rotation.T).sort(0)[0]
+            loss = loss + (ours - theirs).abs().mean(0).sum() / len(rotations)
+        u = u.detach() - rate * torch.autograd.grad(loss, u)[0]
+    return u
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_is_the_published_algorithm(tokens: Any, prediction: str) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(
+        pipe.scheduler.config, prediction_type=prediction
+    )
+    reference = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
+    outer, inner = Kept(), Kept()
+    guidance = ColorGuidance(
+        reference, **FEW, loss="exact", learning_rate=30.0, guided_fraction=0.3
+    )
+    with sdcore.patch(pipe, inner, guidance, outer):
+        pipelines.images(pipe, "text-to-image", guidance_scale=3.0)
+    x = outer.samples[0][1:]
+    text = pipe.encode_prompt(pipelines.options("text-to-image")["prompt"], "cpu", 1, False)[0]
+    time = pipe.scheduler.timesteps[0]
+    points = sdcore.Palette.from_image(reference).colors
+    assert len(points) == 64 * 64
+    u = published(pipe, x, text, time, points, 30.0, FEW["inner_steps"])
+    assert u.std() > 1e-3
+    # Of the guidance's own calls, of the prompt alone, and of the pipeline's.
+    assert [len(one) for one in inner.samples] == [1, 1, 2, 2, 2]
+    for row in inner.samples[2]:
+        torch.testing.assert_close(row - x[0], u[0], rtol=1e-3, atol=1e-3 * float(u.std()))
+    assert inner.samples[3].equal(outer.samples[1])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_noise_and_what_it_lies_on(kind: str) -> None:
+    clean, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    alpha, sigma = torch.tensor(0.6).double(), torch.tensor(0.8).double()
+    x = alpha * clean + sigma * noise
+    said = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[kind]
+    found = (
+        color_guidance._clean(kind, said, x, alpha, sigma),
+        color_guidance._noise(kind, said, x, alpha, sigma),
+    )
+    for a, b in zip(found, (clean, noise), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_the_unets_gradient_and_without(tokens: Any, seed: int) -> None:
+    """A frozen UNet's u is the gradient through the decoder alone, over alpha."""
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    taken: list[Tensor] = []
+    options = {"inner_steps": 1, "rotations": 3, "seed": seed, "guided_fraction": 0.3}
+    for way in color_guidance.UNET_GRADIENTS:
+        inner = Kept()
+        guidance = ColorGuidance(PALETTE, **options, unet_gradient=way)
+        with sdcore.patch(pipe, inner, guidance):
+            pipelines.images(pipe, "text-to-image")
+        taken.append(inner.samples[1][:1] - inner.samples[0][:1])
+    full, alone = taken
+    assert not torch.allclose(full, alone, rtol=0.1)
+    # The same direction: predicted noise is small beside x at the first step of random weights.
+    assert torch.cosine_similarity(full.flatten(), alone.flatten(), 0) > 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"unet_gradient": "frozen"},
+        {"decode_scale": 0.5},
+        {"loss": "exact"},
+        {"normalize_gradient": True, "learning_rate": 0.04},
+    ],
+    ids=str,
+)
+def test_pictures_come_nearer_to_the_palette(tokens: Any, options: dict[str, Any]) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    before = pipelines.images(pipe, "text-to-image")
+    guidance = ColorGuidance(PALETTE, rotations=4, seed=0, **options)
+    with sdcore.patch(pipe, guidance):
+        found = pipelines.images(pipe, "text-to-image")
+        again = pipelines.images(pipe, "text-to-image")
+    assert off(found) < off(before)
+    assert found.equal(again)
+    assert [len(one) for one in guidance.losses] == [8] * pipelines.STEPS
+    assert guidance.losses[0][-1] < guidance.losses[0][0]
+
+
+# ---------------------------------------------------------------------------------------------
+# In a pipeline
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("SD", "ControlNet"),
+        ("SDXL", "text-to-image"),
+        ("SDXL", "ControlNet"),
+        ("SD", "image-to-image"),
+        ("SD", "inpainting"),
+    ],
+)
+def test_pipelines_of_every_kind(tokens: Any, family: str, kind: str) -> None:
+    pipe = pipelines.pipeline(family, kind, tokens)
+    before, was = pipelines.images(pipe, kind), pipelines.trace(pipe)
+    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)):
+        found = pipelines.images(pipe, kind)
+    assert off(found) < off(before)
+    assert pipelines.trace(pipe) == was
+    assert pipelines.images(pipe, kind).equal(before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+)
+def test_schedulers(tokens: Any, name: str) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    before = pipelines.images(pipe, "text-to-image")
+    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)):
+        assert off(pipelines.images(pipe, "text-to-image")) < off(before)
+
+
+def test_schedulers_that_lose_the_move_are_refused(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    with (
+        sdcore.patch(pipe, ColorGuidance(PALETTE)),
+        pytest.raises(ValueError, match="steps of PNDMScheduler do not follow"),
+    ):
+        pipelines.images(pipe, "text-to-image")
+
+
+def test_a_palette_for_each_picture(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    second = sdcore.Palette.from_colors(["#00ff00"])
+    one = pipelines.images(pipe, "text-to-image", num_images_per_prompt=2)
+    with sdcore.patch(pipe, ColorGuidance([PALETTE, second], **FEW)):
+        two = pipelines.images(pipe, "text-to-image", num_images_per_prompt=2)
+        with pytest.raises(ValueError, match="one for each picture; got 2 for 3 pictures"):
+            pipelines.images(pipe, "text-to-image", num_images_per_prompt=3)
+    assert off(two[:1]) < off(one[:1])
+    assert off(two[1:], second) < off(one[1:], second)
+    # The first is as it is alone: pictures don't share a gradient.
+    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)):
+        both = pipelines.images(pipe, "text-to-image", num_images_per_prompt=2)
+    torch.testing.assert_close(both[0], two[0], rtol=0, atol=1e-4)
+
+
+def test_a_part_of_the_run(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    guidance = ColorGuidance(PALETTE, **FEW, guided_fraction=0.6)
+    with sdcore.patch(pipe, guidance):
+        pipelines.images(pipe, "text-to-image", num_inference_steps=5)
+    assert len(guidance.losses) == 3
+
+
+def test_with_other_methods(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    region = sdcore.Region("a red circle", box=(0, 0, 0.5, 1))
+    others = [sdcore.RegionAttention(region), sdcore.FastNorms(), sdcore.Observe()]
+    before = pipelines.images(pipe, "text-to-image")
+    with sdcore.patch(pipe, *others[:2], ColorGuidance(PALETTE, **FEW), others[2]):
+        assert off(pipelines.images(pipe, "text-to-image")) < off(before)
+    assert len(others[2].records) == pipelines.STEPS
+
+
+def test_weights_are_frozen_for_the_run_alone(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    kept = pipe.vae.decoder.conv_in.bias.requires_grad_(False)
+    seen: list[bool] = []
+
+    class Look(sdcore.Method):
+        def denoise(self, call, proceed):
+            weights = (*call.run.pipe.unet.parameters(), *call.run.pipe.vae.parameters())
+            seen.append(any(one.requires_grad for one in weights))
+            return proceed(call)
+
+    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW), Look()):
+        pipelines.images(pipe, "text-to-image")
+        with pytest.raises(RuntimeError, match="no more"):
+            pipelines.images(pipe, "text-to-image", callback_on_step_end=stop)
+    assert not any(seen) and len(seen) > pipelines.STEPS
+    assert all(one.requires_grad for one in pipe.unet.parameters())
+    assert not kept.requires_grad
+    assert sum(not one.requires_grad for one in pipe.vae.parameters()) == 1
+    assert all(one.grad is None for one in pipe.unet.parameters())
+
+
+def stop(*_: Any) -> Any:
+    raise RuntimeError("no more")
+
+
+def test_frozen_by_several() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    inside, leave = threading.Barrier(2), threading.Event()
+
+    def work() -> None:
+        with frozen(module):
+            inside.wait()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    with frozen(module), frozen(module):
+        assert not module.weight.requires_grad
+    assert not module.weight.requires_grad
+    leave.set()
+    thread.join()
+    assert module.weight.requires_grad
+    assert not module.bias.requires_grad
+
+
+def test_a_vae_that_must_be_upcast(tokens: Any) -> None:
+    """Its decoder in float16 would overflow: it is copied, and stays what it is."""
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.vae.half().register_to_config(force_upcast=True)
+    before = pipe.vae.state_dict()
+    taken = {}
+
+    class Look(sdcore.Method):
+        def denoise(self, call, proceed):
+            taken["dtype"] = call.run.of(guidance).vae.dtype
+            raise RuntimeError("that is all")
+
+    guidance = ColorGuidance(PALETTE, **FEW)
+    with sdcore.patch(pipe, Look(), guidance), pytest.raises(RuntimeError, match="that is all"):
+        pipelines.images(pipe, "text-to-image")
+    assert taken["dtype"] == torch.float32
+    assert pipe.vae.dtype == torch.float16
+    for name, weight in pipe.vae.state_dict().items():
+        assert weight.data_ptr() == before[name].data_ptr()
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+
+BAD = [
+    ({"inner_steps": 0}, "inner_steps must be an int of 1 or more; got 0"),
+    ({"rotations": 2.5}, "rotations must be an int of 1 or more; got 2.5"),
+    ({"guided_fraction": 0}, r"guided_fraction must be in \(0, 1\]; got 0"),
+    ({"decode_scale": 1.5}, r"decode_scale must be in \(0, 1\]; got 1.5"),
+    ({"unet_gradient": "none"}, "unet_gradient must be one of full, frozen; got 'none'"),
+    ({"loss": "published"}, "loss must be one of binned, exact; got 'published'"),
+    ({"learning_rate": -1.0}, "learning_rate must be positive and finite; got -1.0"),
+    ({"normalize_gradient": True}, "normalize_gradient needs a learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ColorGuidance(PALETTE, **options)
+
+
+def test_references(tmp_path: Any) -> None:
+    picture = torch.rand(3, 8, 8)
+    assert [len(one) for one in ColorGuidance(picture).palettes] == [64]
+    assert [len(one) for one in ColorGuidance(["red", (0, 255, 0)]).palettes] == [2]
+    assert [len(one) for one in ColorGuidance([picture, PALETTE]).palettes] == [64, 3]
+    with pytest.raises(ValueError, match="got an empty list"):
+        ColorGuidance([])
+    with pytest.raises(ImageError, match=r"nowhere\.png"):
+        ColorGuidance(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="nocolor"):
+        ColorGuidance(["nocolor"])
+
+
+def test_models_that_take_turns_on_the_gpu_are_refused(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    with (
+        sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)),
+        pytest.raises(ValueError, match="moves the unet out of the GPU"),
+    ):
+        pipelines.images(pipe, "text-to-image")
+    assert all(one.requires_grad for one in pipe.unet.parameters())
+
+
+def test_a_loss_that_is_not_finite_is_named(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with (
+        sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)),
+        pytest.raises(RuntimeError, match=r"the loss is not finite at step 0: .*in float16"),
+    ):
+        pipelines.images(pipe, "text-to-image")
