@@ -14,11 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _log = logging.getLogger("sdcore")
 
@@ -44,9 +44,12 @@ class Graphs:
         name: what it is called in messages.
         most: graphs to keep; the one that was not used for the longest time goes first.
         gradients: whether gradients to tensors among the arguments may be asked for, and then have
-            a graph of their own. Nothing else that the function reads may need one. What they need
-            stays in the graphs' memory; if another call came in between, the function is replayed
-            for it again. Without, a function whose gradient is wanted is called.
+            a graph of their own. Nothing else that the function reads may need one, and it must
+            draw no random numbers: what gradients need stays in the graphs' memory, and if another
+            call came in between, the function is replayed for it again. Second derivatives raise,
+            and so does a gradient after one of ``weights`` was changed in place. Where hooks on
+            saved tensors are at work, as activation checkpointing has them, the function is called.
+            Without ``gradients`` a function whose gradient is wanted is called.
     """
 
     def __init__(
@@ -54,13 +57,19 @@ class Graphs:
     ) -> None:
         self.function, self.name, self.most = function, name, most
         self.gradients = gradients
+        #: The tensors that ``state`` stands for. A gradient that is still to be asked for keeps
+        #: them alive.
+        self.weights: Sequence[Tensor] = ()
         self.captures = 0
         self.replays = 0
         self._kept: OrderedDict[tuple, _Captured | None] = OrderedDict()
         self._state = _Hashed(None)
         self._said: set[str] = set()
         self._pool: Any = None
-        self._lock = threading.Lock()
+        # A capture differentiates, for which autograd has one thread on each GPU; so that thread
+        # must never wait for a capture, and replays, which it makes, have a lock of their own.
+        self._capturing = threading.Lock()
+        self._replaying = threading.Lock()
         self._copied: torch.cuda.Event | None = None
         # Of the last replay: what it left in the memory that all graphs share.
         self._turn: object = None
@@ -75,7 +84,7 @@ class Graphs:
     def state(self, value: Hashable) -> None:
         new = _Hashed(value)
         # The very object in the keys, where it is there: then no call compares what is in it.
-        with self._lock:
+        with self._capturing:
             self._state = next((key[1] for key in self._kept if key[1] == new), new)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,14 +95,15 @@ class Graphs:
             self._say(reason)
             return self.function(*args, **kwargs)
         wanted = _wanted(tensors)
-        with self._lock:
+        with self._capturing:
             key = layout, wanted, self._state, _modes()
             graph = self._graph(key, args, kwargs, tensors)
-            if graph is not None and not any(wanted):
-                return self._replayed(graph, tensors)
-        if graph is not None:
+        if graph is None:
+            return self.function(*args, **kwargs)
+        if any(wanted):
             return _filled(graph.out, iter(_Differentiable.apply(self, graph, *tensors)))
-        return self.function(*args, **kwargs)
+        with self._replaying:
+            return self._replayed(graph, tensors)
 
     def _graph(self, key: tuple, args: Any, kwargs: Any, tensors: list[Tensor]) -> _Captured | None:
         """None if its capture failed."""
@@ -138,9 +148,9 @@ class Graphs:
 
     def clear(self) -> None:
         """Drops all graphs, and gives their memory back."""
-        with self._lock:
+        with self._capturing, self._replaying:
             self._kept.clear()
-            self._copied = None
+            self._turn = None
             if self._pool is not None:
                 self._pool = None
                 torch.cuda.empty_cache()
@@ -154,8 +164,11 @@ class Graphs:
             return f"its tensors are not on one GPU, but on {where}"
         if torch.cuda.is_current_stream_capturing():
             return "it is within a capture already"
-        if any(_wanted(tensors)) and not self.gradients:
-            return "a gradient flows through its arguments"
+        if any(_wanted(tensors)):
+            if not self.gradients:
+                return "a gradient flows through its arguments"
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                return "hooks on saved tensors are at work, as those of checkpointing"
         return None
 
     def _say(self, reason: str) -> None:
@@ -273,7 +286,10 @@ class _Captured:
             if grad is not None
         ]
         ends, grads = zip(*pairs, strict=True) if pairs else ((), ())
-        found = iter(torch.autograd.grad(ends, leaves, grads, allow_unused=True) if pairs else ())
+        # As gradients are computed: outside of the autocast that the call was in.
+        with torch.autocast("cuda", enabled=False):
+            some = torch.autograd.grad(ends, leaves, grads, allow_unused=True) if pairs else ()
+        found = iter(some)
         return [next(found, None) if one.requires_grad else None for one in self.inputs]
 
 
@@ -282,10 +298,12 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, owner: Graphs, graph: _Captured, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with owner._lock:
+        with owner._replaying:
             out = _tensors(owner._replayed(graph, tensors))
             ctx.turn = owner._turn
         ctx.owner, ctx.graph = owner, graph
+        # What the graph reads, alive wherever the modules may have gone since, and its version.
+        ctx.weights = [(one.detach(), _version(one)) for one in owner.weights]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(
             *(one for one, grad in zip(out, graph.grads, strict=True) if grad is None)
@@ -294,11 +312,37 @@ class _Differentiable(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with ctx.owner._lock:
-            found = ctx.owner._pulled(ctx.graph, ctx.saved_tensors, ctx.turn, grads)
+        tensors = ctx.saved_tensors
+        for weight, version in ctx.weights:
+            if _version(weight) != version:
+                raise RuntimeError(
+                    f"a weight {list(weight.shape)} of {ctx.owner.name} was changed in place "
+                    "between a call and its gradient"
+                )
+        with torch.no_grad(), ctx.owner._replaying:
+            found = ctx.owner._pulled(ctx.graph, tensors, ctx.turn, grads)
+        if torch.is_grad_enabled():
+            found = _Last.apply(ctx.owner.name, len(found), *found, *tensors)
         return None, None, *found
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Of tensors made in inference mode nobody counts the changes."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class _Last(torch.autograd.Function):
+    """Gradients as they are, of which there are none: a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if one is None else one.clone() for one in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{ctx.name} has no second derivative in a CUDA graph")
 
 
 def _layout(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -425,12 +469,19 @@ def _settings(part: nn.Module) -> Hashable:
             for key, one in own.items()
             if key not in _EVERY_MODULES
         ),
-        own.get("forward"),
+        _unbound(own.get("forward")),
         tuple(own["_forward_hooks"].values()),
         tuple(own["_forward_pre_hooks"].values()),
         processor,
         None if processor is None else _plain(vars(processor)),
     )
+
+
+def _unbound(function: Any) -> Hashable:
+    """Of a method, what does not hold its object: states are kept for long."""
+    if isinstance(function, MethodType):
+        return function.__func__, id(function.__self__)
+    return function
 
 
 def _says_all(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 ``patch(pipe, method, …)`` gives the pipeline a class of its own that differs from its class in one
 thing: while the pipeline is called, what it reads as its ``unet``, ``scheduler`` and ``vae`` are
-stand-ins that lead through the methods. No module gets a hook, a wrapper or another processor.
+stand-ins that lead through the methods. No module gets a hook or a wrapper that outlasts a call.
 Hence other pipelines with the same modules, calls of the UNet from elsewhere and other threads see
 nothing, and neither accelerate's hooks, nor LoRA, nor ``torch.compile`` can come in between. Some
 methods also go on a bare UNet or VAE, whose class is then the one that changes.
@@ -412,7 +412,7 @@ def patch(pipe: Any, *methods: Method) -> Handle:
     Raises:
         TypeError: the pipeline lacks something, something is no method, or a method works on
             pipelines alone; it says which.
-        ValueError: no methods; one of a class that is on this pipeline already; or two that claim
+        ValueError: no methods; one of a class that is on already; or two that claim
             the same, such as to mask the cross-attention.
         Whatever a method's ``check`` raises. The pipeline is then as it was.
     """
@@ -479,14 +479,14 @@ def _check_new(methods: tuple[Method, ...], present: tuple[Method, ...]) -> None
         name = type(method).__name__
         there = present + methods[:number]
         if any(one is method for one in there):
-            raise ValueError(f"this {name} is on this pipeline already")
+            raise ValueError(f"this {name} is on it already")
         if not method.repeatable and any(type(one) is type(method) for one in there):
-            raise ValueError(f"a {name} is on this pipeline already; remove it first")
+            raise ValueError(f"a {name} is on it already; remove it first")
         for one in there:
             if method.claims is not None and one.claims == method.claims:
                 raise ValueError(
-                    f"a {type(one).__name__} is on this pipeline, which {one.claims} as {name} "
-                    "does; only one of them can"
+                    f"a {type(one).__name__} is on it, which {one.claims} as {name} does; only one "
+                    "of them can"
                 )
 
 
@@ -529,6 +529,12 @@ def _check_module(module: nn.Module, methods: tuple[Method, ...]) -> None:
         raise TypeError(
             f"{type(module).__name__} can't be patched: it is neither a pipeline nor a model of "
             "Diffusers"
+        )
+    own = [name for name in _entries(type(module)) if name in vars(module)]
+    if own:
+        raise TypeError(
+            f"this {type(module).__name__} can't be patched: it has a {own[0]} of its own in place "
+            "of its class's, by torch.compile, say; patch it before"
         )
     for method in methods:
         if type(method).within is Method.within:
@@ -582,7 +588,8 @@ def _patched_class(original: type) -> type:
 
     def __reduce_ex__(self, protocol):
         # As one without methods: copies and pickles hold no trace of them.
-        state = {name: value for name, value in vars(self).items() if name != _KEY}
+        own = original.__getstate__(self) if isinstance(self, nn.Module) else vars(self)
+        state = {name: value for name, value in own.items() if name != _KEY}
         return copyreg._reconstructor, (original, object, None), state
 
     names = {
@@ -633,9 +640,12 @@ def _of_pipeline(original: Any) -> dict[str, Any]:
 
 
 def _of_module(original: Any) -> dict[str, Any]:
-    """A VAE calls its own ``encode`` and ``decode`` when it is called."""
-    names = [name for name in ("encode", "decode") if hasattr(original, name)] or ["__call__"]
-    return {name: _around_module(getattr(original, name)) for name in names}
+    return {name: _around_module(getattr(original, name)) for name in _entries(original)}
+
+
+def _entries(model: type) -> list[str]:
+    """By what a model is called. A VAE calls its own ``encode`` and ``decode``."""
+    return [name for name in ("encode", "decode") if hasattr(model, name)] or ["__call__"]
 
 
 def _around_module(function: Callable[..., Any]) -> Callable[..., Any]:

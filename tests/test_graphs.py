@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import threading
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sdcore import graphs
@@ -214,9 +216,57 @@ def test_gradients_after_other_calls() -> None:
     for x, out in zip(given, outs, strict=True):
         (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         torch.testing.assert_close(grad.detach(), 2 * x.detach() * (x.detach() ** 2).exp())
-        with pytest.raises(RuntimeError, match="does not require grad"):
-            grad.sum().backward()
+        with pytest.raises(RuntimeError, match="function has no second derivative"):
+            (out.detach().sum() + grad.square().sum()).backward()
     assert captured.captures == 2
+
+
+@gpu
+def test_a_gradient_keeps_weights_and_sees_their_changes() -> None:
+    weight = torch.randn(1000, device="cuda")
+    captured = graphs.Graphs(lambda x: (weight * x).sin(), "function", gradients=True)
+    x = torch.randn(1000, device="cuda", requires_grad=True)
+    captured.weights = (weight,)
+    out, wanted = captured(x), weight * (weight * x).cos()
+    weight.data = torch.zeros(1000)  # as to("cpu") does it: the graph's memory would be given back
+    torch.full((1000,), math.nan, device="cuda")
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(grad, wanted)
+    there = torch.randn(1000, device="cuda")
+    captured = graphs.Graphs(lambda x: (there * x).sin(), "function", gradients=True)
+    captured.weights = (there,)
+    out = captured(x)
+    there += 1
+    with pytest.raises(RuntimeError, match=r"a weight \[1000\] of function was changed in place"):
+        out.sum().backward()
+
+
+@gpu
+def test_checkpointing_and_two_threads_with_gradients() -> None:
+    """Neither waits for the other; and what is checkpointed is called."""
+    captured = graphs.Graphs(lambda x: (x**2).exp(), "function", gradients=True)
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        for size in range(first, first + 40, 2):
+            x = torch.randn(size, device="cuda", requires_grad=True)
+            captured(x).sum().backward()
+            if not torch.allclose(x.grad, 2 * x * (x**2).exp(), rtol=1e-4):
+                wrong.append(size)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (100, 101)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    replays = captured.replays
+    x = torch.randn(100, device="cuda", requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(captured, x, use_reentrant=False)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, (2 * x * (x**2).exp()).detach())
+    assert captured.replays == replays
 
 
 @gpu

@@ -635,7 +635,7 @@ def test_inference_mode(tokens: Any) -> None:
         ((), ValueError, "at least one method"),
         ((NoOp,), TypeError, r"got the class NoOp; give an object: NoOp\(…\)"),
         (("NoOp",), TypeError, "methods must be objects of sdcore.Method; got 'NoOp'"),
-        ((NoOp(), NoOp()), ValueError, "a NoOp is on this pipeline already; remove it first"),
+        ((NoOp(), NoOp()), ValueError, "a NoOp is on it already; remove it first"),
     ],
 )
 def test_what_is_no_method(tokens: Any, methods: tuple, error: type, message: str) -> None:
@@ -650,10 +650,10 @@ def test_the_same_method_twice(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     log = Log()
     sdcore.patch(pipe, log)
-    with pytest.raises(ValueError, match="this Log is on this pipeline already"):
+    with pytest.raises(ValueError, match="this Log is on it already"):
         sdcore.patch(pipe, log)
     sdcore.patch(pipe, Log())  # it is repeatable
-    with sdcore.patch(pipe, NoOp()), pytest.raises(ValueError, match="a NoOp is on this pipeline"):
+    with sdcore.patch(pipe, NoOp()), pytest.raises(ValueError, match="a NoOp is on it"):
         sdcore.patch(pipe, NoOp())
     sdcore.patch(pipe, NoOp())
     sdcore.unpatch(pipe)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcore import graphs
-from sdcore.methods.cross_attention import PLAIN
+from sdcore.methods.cross_attention import PLAIN, turn
 from sdcore.methods.fast_norms import (
     convolved,
     is_conv,
@@ -58,13 +59,16 @@ class FastDecoder(Method):
     Args:
         graph: from the second call of a kind on (of a size, dtype and mode), decode by a CUDA
             graph. Where a gradient to the latents is wanted, and the VAE's weights are frozen
-            (``vae.requires_grad_(False)``), it has one as well. Graphs keep the memory that a call
-            needs until the method is removed.
+            (``vae.requires_grad_(False)``), it has one as well; a second derivative then raises.
+            Graphs keep the memory that a call needs until the method is removed. There are none
+            for a decoder of which a part has a hook or a forward of its own, nor for a VAE that is
+            offloaded.
 
     Results differ by rounding alone. In half precision the convolutions after upsampling have sums
     of up to four of their weights, rounded once more. Parts of the decoder that have hooks or a
     forward of their own, or a LoRA, are called as they are; with gradient checkpointing, or latents
-    beside the sample, the decoder is. Slices and tiles are decoded one by one. A decoder under
+    beside the sample, the decoder is, and so it is where ``vae.decode`` itself was replaced, by
+    ``torch.compile``, say. Slices and tiles are decoded one by one. A decoder under
     ``torch.compile`` is replaced for the time of the call.
 
     Raises:
@@ -79,7 +83,7 @@ class FastDecoder(Method):
     def check(self, pipe: Any) -> None:
         vae = pipe if isinstance(pipe, nn.Module) else pipe.vae
         decoder = _original(getattr(vae, "decoder", None))
-        if type(decoder).__name__ != "Decoder" or type(decoder.conv_norm_out) is not nn.GroupNorm:
+        if not _is_decoder(decoder):
             raise TypeError(
                 "FastDecoder knows the decoder of AutoencoderKL; "
                 f"got the {type(decoder).__name__} of a {type(vae).__name__}"
@@ -88,20 +92,26 @@ class FastDecoder(Method):
     @contextlib.contextmanager
     def within(self, module: Any) -> Iterator[None]:
         outer = getattr(module, "decoder", None)
-        if outer is None:  # a pipeline's UNet
+        decoder = _original(outer)
+        # Of a UNet there is none; and a compiled decode has the decoder's own code in it.
+        if not _is_decoder(decoder) or "decode" in vars(module):
             yield
             return
-        compiled = outer is not _original(outer)
-        if (
-            "forward" in vars(outer) and not compiled
-        ):  # accelerate's, say; or ours, from further out
-            yield
-            return
-        kept = self._graphs.get(_original(outer))
-        if kept is not None:
-            kept.state_known = False
-        with _not_compiled(outer), replaced_forwards(module, [(outer, self._forward)]):
-            yield
+
+        def parts() -> list[tuple[nn.Module, Callable[..., Any]]]:
+            kept = self._graphs.get(decoder)
+            if kept is not None:
+                kept.state_known = False
+            if outer is decoder and "forward" in vars(outer):  # accelerate's, say
+                return []
+            return [(outer, self._forward)]
+
+        with turn(module), _not_compiled(outer), replaced_forwards(module, parts):
+            token = _offloaded.set(_is_offloaded(module))
+            try:
+                yield
+            finally:
+                _offloaded.reset(token)
 
     def _forward_of(
         self, module: nn.Module, sample: Tensor, latent_embeds: Tensor | None = None
@@ -111,7 +121,8 @@ class FastDecoder(Method):
         checkpoints = torch.is_grad_enabled() and decoder.gradient_checkpointing
         if latent_embeds is not None or checkpoints:
             return type(decoder).forward(decoder, sample, latent_embeds)
-        if not self.graph or sample.device.type != "cuda" or _trains(decoder):
+        graph = self.graph and sample.device.type == "cuda" and not _offloaded.get()
+        if not graph or _trains(decoder):
             return decoded(decoder, sample)
         kept = self._graphs.get(decoder)
         if kept is None:
@@ -119,9 +130,24 @@ class FastDecoder(Method):
         return kept(decoder, sample)
 
     def removed(self, pipe: Any) -> None:
-        for one in self._graphs.values():
-            one.graphs.clear()
-        self._graphs.clear()
+        decoder = _original(getattr(getattr(pipe, "vae", pipe), "decoder", None))
+        if decoder in self._graphs:
+            self._graphs.pop(decoder).graphs.clear()
+
+
+# Whether the VAE at work may be moved out of the GPU after its call.
+_offloaded: ContextVar[bool] = ContextVar("sdcore_offloaded", default=False)
+
+
+def _is_offloaded(vae: nn.Module) -> bool:
+    hook = vars(vae).get("_hf_hook")
+    return hook is not None and (
+        type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False)
+    )
+
+
+def _is_decoder(decoder: Any) -> bool:
+    return type(decoder).__name__ == "Decoder" and type(decoder.conv_norm_out) is nn.GroupNorm
 
 
 class _Graphs:
@@ -142,12 +168,18 @@ class _Graphs:
             while len(self._seen) > KINDS:
                 del self._seen[next(iter(self._seen))]
             return decoded(decoder, sample)
-        if (
-            not self.state_known
-        ):  # once for all tiles; not before, since offloaded weights come late
-            self.graphs.state = graphs.module_state(decoder)
-            self.state_known = True
+        if not self.state_known:  # once for all tiles
+            self._learn(decoder)
         return self.graphs(sample)
+
+    def _learn(self, decoder: nn.Module) -> None:
+        parts = list(decoder.modules())[1:]
+        if all(map(untouched, parts)):
+            self.graphs.state = graphs.module_state(decoder)
+            self.graphs.weights = [*decoder.parameters(), *decoder.buffers()]
+        else:
+            self.graphs.state = "a part of it has a hook or a forward of its own"
+        self.state_known = True
 
 
 def _original(module: Any) -> Any:

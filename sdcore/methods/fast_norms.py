@@ -24,7 +24,7 @@ from sdcore.patching import Method
 
 
 class FastNorms(Method):
-    """Group normalization of the UNet and of the VAE's decoder by ``sdcore.ops.group_norm_silu``.
+    """Group normalization of the UNet and of the VAE by ``sdcore.ops.group_norm_silu``.
 
     ResNet blocks have it as one with the SiLU after it and, the second, with what is added for the
     time and the bias of the convolution before it. ::
@@ -35,23 +35,22 @@ class FastNorms(Method):
     Also on a bare model, where its own calls are meant, a VAE's ``encode`` among them:
     ``sdcore.patch(vae, sdcore.FastNorms())``.
 
-    Results differ by rounding alone. Blocks that are normalized otherwise (spatial norms, scale and
-    shift by the time), or have hooks on their norms, are left as they are; so is all under gradient
-    checkpointing. Weights, and LoRA on convolutions, may change between calls.
+    Results differ by rounding alone. Norms with hooks, such as those of sequential offloading, and
+    blocks that are normalized otherwise (spatial norms, scale and shift by the time) are left as
+    they are; so is a model with gradient checkpointing. Weights, and LoRA on convolutions, may
+    change between calls.
 
     Raises:
         TypeError: when it is put on, if there is no group norm.
     """
 
     def check(self, pipe: Any) -> None:
-        parts = [pipe] if isinstance(pipe, nn.Module) else [pipe.unet, pipe.vae]
-        with torch.no_grad():
-            there = any(_replaced(_original(part)) for part in parts)
-        if not there:
-            raise TypeError(f"{type(pipe).__name__} has no group norm that FastNorms knows")
+        models = [pipe] if isinstance(pipe, nn.Module) else [pipe.unet, pipe.vae]
+        if not any(type(part) is nn.GroupNorm for model in models for part in model.modules()):
+            raise TypeError(f"{type(pipe).__name__} has no group norm")
 
     def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
-        return replaced_forwards(module, _replaced(_original(module)))
+        return replaced_forwards(module, lambda: _replaced(_original(module)))
 
 
 def _original(module: Any) -> Any:
@@ -69,16 +68,18 @@ _BEFORE = "_sdcore_forward_before"
 
 @contextlib.contextmanager
 def replaced_forwards(
-    module: Any, parts: Iterable[tuple[nn.Module, Callable[..., Any]]]
+    module: Any, parts: Callable[[], Iterable[tuple[nn.Module, Callable[..., Any]]]]
 ) -> Iterator[None]:
     """Within it these parts of ``module`` compute by functions of ours, made by :func:`ours`, in
-    this thread. Threads that do so with one module take turns."""
+    this thread. Threads that do so with one module take turns, in which ``parts`` is asked."""
     with turn(module), contextlib.ExitStack() as stack:
-        for part, function in parts:
+        for part, function in parts():
             # In the dictionary itself: nn.Module's setattr takes its time.
             own = vars(part)
             if "forward" in own:
                 before = own["forward"]
+                if is_ours(before):  # from further out
+                    continue
                 stack.callback(own.__setitem__, "forward", before)
                 stack.callback(own.pop, _BEFORE, None)
                 own[_BEFORE] = before
@@ -102,14 +103,19 @@ def ours(function: Callable[..., Any]) -> Callable[..., Any]:
             return before(*args, **options)
         return type(self).forward(self, *args, **options)
 
+    forward.__dict__[_BEFORE] = None
     return forward
 
 
+def is_ours(forward: Any) -> bool:
+    return hasattr(forward, _BEFORE)
+
+
 def untouched(part: Any) -> bool:
-    """Without hooks and without a forward of its own."""
+    """Without hooks and without a forward of its own, but for one of ours."""
     own = vars(part)
     return not (
-        "forward" in own
+        ("forward" in own and not is_ours(own["forward"]))
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
@@ -131,10 +137,10 @@ def normed(
     residual: Tensor | None = None,
 ) -> Any:
     """``group_norm_silu`` with the weights of a norm that :func:`is_norm`."""
-    weight, bias = (
+    weight, bias, shift = (
         # Under autocast x may be of half a type where weights are not, and the other way around.
         one if one is None or one.dtype in (x.dtype, wide_of(x.dtype)) else one.to(wide_of(x.dtype))
-        for one in (norm.weight, norm.bias)
+        for one in (norm.weight, norm.bias, shift)
     )
     return group_norm_silu(
         x, norm.num_groups, weight, bias, norm.eps, silu=silu, shift=shift, residual=residual
@@ -187,8 +193,9 @@ def _replaced(model: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
         if type(part).__name__ == "BasicTransformerBlock":
             continue
         own = vars(part)
-        if own.get("gradient_checkpointing") and torch.is_grad_enabled():
-            return []  # layers are computed again, in a thread of autograd's, and must be the same
+        if own.get("gradient_checkpointing"):
+            # Layers are computed again, in a thread of autograd's, and must be the same there.
+            return []
         if is_resnet(part) and untouched(part):
             found.append((part, _RESNET))
             continue
@@ -223,27 +230,22 @@ def _nothing(self: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _resnet(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:
-    if self.time_emb_proj is None and temb is not None:
-        return type(self).forward(self, input_tensor, temb)
+def _resnet(
+    self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **options: Any
+) -> Tensor:
+    if args or options or (self.time_emb_proj is None and temb is not None):
+        return type(self).forward(self, input_tensor, temb, *args, **options)
     h, bias = convolved(self.conv1, normed(self.norm1, input_tensor, silu=True))
     shift = None if bias is None else bias.expand(len(h), -1)
     if self.time_emb_proj is not None:
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         shift = temb if shift is None else temb + shift
-    h = self.conv2(self.dropout(normed(self.norm2, h, silu=True, shift=_as(shift, h))))
+    h = self.conv2(self.dropout(normed(self.norm2, h, silu=True, shift=shift)))
     x = input_tensor
     if self.conv_shortcut is not None:
         x = self.conv_shortcut(x.contiguous() if self.training else x)
     out = x + h
     return out if self.output_scale_factor == 1 else out / self.output_scale_factor
-
-
-def _as(shift: Tensor | None, x: Tensor) -> Tensor | None:
-    """Of a dtype that ``group_norm_silu`` takes with x."""
-    if shift is None or shift.dtype in (x.dtype, wide_of(x.dtype)):
-        return shift
-    return shift.to(wide_of(x.dtype))
 
 
 _RESNET, _NORM, _NORM_SILU, _NOTHING = map(ours, (_resnet, _norm, _norm_silu, _nothing))

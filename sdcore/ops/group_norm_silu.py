@@ -65,7 +65,7 @@ def group_norm_silu(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes, dtypes or devices that do not fit, groups that do not divide C, one
-            value alone in each group; the message names it.
+            value alone for each group in all samples; the message names it.
         RuntimeError: a second derivative was asked for.
 
     Source: Wu, He, *Group Normalization*, 2018, arXiv:1803.08494; Elfwing, Uchibe, Doya, 2017,
@@ -123,9 +123,9 @@ def _check(
     batch, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide {channels} channels; got {num_groups}")
-    if x.numel() and x.numel() == batch * num_groups:
+    if batch == 1 and x.numel() == num_groups:  # as PyTorch has it
         raise ValueError(
-            "x must have more than one value in each group: of one alone the norm is zero; got "
+            "x must have more than one value for each group: of one alone the norm is zero; got "
             f"{list(x.shape)} in {num_groups} groups"
         )
     shapes = {

@@ -802,7 +802,7 @@ def test_one_method_masks_a_pipeline(tokens: Any) -> None:
     gates = GatedAttention.for_unet(pipe.unet)
     region = RegionAttention(Region((1,), box=(0, 0, 0.5, 1)))
     with sdcore.patch(pipe, gates):
-        with pytest.raises(ValueError, match="GatedAttention is on this pipeline, which masks the"):
+        with pytest.raises(ValueError, match="GatedAttention is on it, which masks the"):
             sdcore.patch(pipe, region)
         pipelines.images(pipe, KIND)
     original = type(pipe)

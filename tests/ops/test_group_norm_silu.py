@@ -154,6 +154,7 @@ def test_agrees_with_the_specification(
 SHAPES = [
     ((1, 96, 40, 33), 32),  # several parts of pixels
     ((3, 10, 1, 1), 2),
+    ((3, 4, 1, 1), 4),  # each is its own mean
     ((2, 6, 1, 5), 6),
     ((1, 130, 9, 3), 13),  # groups of no power of two, over tiles of channels
     ((2, 4, 3, 2, 5), 2),
@@ -413,7 +414,7 @@ BAD = [
     ((X, 0), {}, ValueError, "num_groups must divide 8 channels; got 0"),
     ((X[0, 0, 0], 1), {}, ValueError, r"x must be \[B, C, …\]; got \[4\]"),
     ((X.int(), 2), {}, ValueError, "x must be of float16.*got torch.int32"),
-    ((torch.zeros(2, 8, 1, 1), 8), {}, ValueError, "more than one value in each group"),
+    ((torch.zeros(1, 8, 1, 1), 8), {}, ValueError, "more than one value for each group"),
     ((X, 2, X[0, 0]), {}, ValueError, r"weight must be \[8\]; got \[4, 4\]"),
     ((X, 2, None, torch.zeros(1)), {}, ValueError, r"bias must be \[8\]; got \[1\]"),
     ((X, 2), {"shift": torch.zeros(8)}, ValueError, r"shift must be \[2, 8\]; got \[8\]"),
