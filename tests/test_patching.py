@@ -1102,6 +1102,35 @@ def test_which_schedulers_follow_a_move(tokens: Any, name: str) -> None:
         pipelines.images(pipe, "text-to-image")
 
 
+@pytest.mark.parametrize(("family", "kind"), EVERY)
+def test_a_call_of_the_prompt_alone(tokens: Any, family: str, kind: str) -> None:
+    """Of all that has rows, the prompt's; and of nothing else."""
+    pipe = pipelines.pipeline(family, kind, tokens)
+    seen: list[Any] = []
+
+    class Look(Method):
+        def denoise(self, call, proceed):
+            alone = call.of_prompt()
+            seen.append((call, alone))
+            both, one = proceed(call), proceed(alone)
+            torch.testing.assert_close(one, both[call.conditional], rtol=1e-4, atol=1e-5)
+            assert alone.of_prompt() is alone
+            assert alone.latents.equal(call.latents)
+            assert alone.moved(torch.zeros_like(call.latents)).prompt_alone
+            return both
+
+    with sdcore.patch(pipe, Look()):
+        pipelines.images(pipe, kind, num_images_per_prompt=3)
+    assert len(seen) == pipelines.STEPS
+    for call, alone in seen:
+        assert (call.unconditional, alone.unconditional) == (slice(0, 3), None)
+        assert alone.conditional == slice(0, 3)
+        assert alone.sample.equal(call.sample[3:])
+        assert alone.encoder_hidden_states.equal(call.encoder_hidden_states[3:])
+        assert alone.timestep is call.timestep
+        assert alone.options.keys() == call.options.keys()
+
+
 def test_a_move_of_another_shape(tokens: Any) -> None:
     class Wrong(Method):
         moves_sample = True
