@@ -1,4 +1,4 @@
-"""The command line: ``sdcore info``, ``recolor``, ``generate``, ``regions`` and ``delta``.
+"""The command line: ``sdcore info``, ``recolor``, ``generate``, ``color``, ``regions``, ``delta``.
 
 A command that can't do what it was asked says so in one line and exits with 2, before it starts
 on anything that takes time.
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from sdcore import __version__, backends, images
+from sdcore.methods.color_guidance import ColorGuidance
 from sdcore.methods.delta_sampling import Control, DeltaSampling
 from sdcore.methods.lora import LoRA
 from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.palette import Palette
 from sdcore.patching import patch
 from sdcore.recolor import DIRECTIONS, STEPS, recolor
 
@@ -135,6 +137,7 @@ def _parser() -> Parser:
     _add_common(command, seed_of="the directions")
     command.set_defaults(run=_recolor)
     _add_generate(commands)
+    _add_color(commands)
     _add_regions(commands)
     _add_delta(commands)
     return parser
@@ -151,6 +154,44 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--count", type=_positive, default=1, help="of pictures (%(default)s)")
     _add_common(command, seed_of="the first picture")
     command.set_defaults(run=_generate)
+
+
+def _add_color(commands: Any) -> None:
+    command = commands.add_parser(
+        "color",
+        help="make a picture in the colors of a photo, or of a palette",
+        description="Make a picture from PROMPT whose colors are those of a reference, by "
+        "SW-Guidance.",
+        epilog=f"Photos: {', '.join(images.PHOTOS)}. To read a file that is called like one, "
+        "write ./NAME.",
+    )
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--reference", metavar="IMAGE", help="image file, or the name of a photo")
+    what.add_argument(
+        "--palette",
+        metavar="COLORS",
+        help="such as '#aabbcc,#ddeeff:2', where the second color is twice as much",
+    )
+    _add_model(command, "--model", "v2", "what makes the picture")
+    _add_picture(command, "color.png", "")
+    command.add_argument(
+        "--inner", type=_positive, default=8, metavar="N", help="inner steps of each (%(default)s)"
+    )
+    figure = command.add_mutually_exclusive_group()
+    figure.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("color-figure.png"),
+        metavar="FILE",
+        help="where the figure goes: the picture without guidance, the reference and the picture "
+        "with their colors, and how they came closer (default: %(default)s)",
+    )
+    figure.add_argument(
+        "--no-figure", dest="figure", action="store_const", const=None, help="draw no figure"
+    )
+    command.add_argument("--json", action="store_true", help="print a report as one JSON object")
+    _add_common(command, seed_of="the picture and the rotations")
+    command.set_defaults(run=_color)
 
 
 def _add_regions(commands: Any) -> None:
@@ -354,6 +395,107 @@ def _generate(args: argparse.Namespace) -> None:
             print(f"{file}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
 
 
+def _color(args: argparse.Namespace) -> None:
+    drawn = (MATPLOTLIB,) if args.figure else ()
+    _need(PILLOW, TQDM, *drawn, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
+    device = _device(args.device)
+    file = None if args.reference is None else images.find(args.reference)
+    _check_outputs(args.output, args.figure, [] if file is None else [file])
+    try:
+        palette = _listed(args.palette) if file is None else Palette.from_image(file)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    pipe = _loaded(args.model, args, device)
+    guidance = ColorGuidance(palette, inner_steps=args.inner, seed=args.seed % (1 << 63))
+    start = time.perf_counter()
+    picture = _colored(pipe, guidance, args)
+    seconds = time.perf_counter() - start
+    images.write(picture, args.output)
+    if args.quiet and args.figure is None and not args.json:
+        return
+    pipe.set_progress_bar_config(disable=True)
+    plain = _picture(pipe, args.model, args, args.seed)
+    before, after = (_off(one, palette) for one in (plain, picture))
+    if args.figure is not None:
+        _draw_colors(args.figure, file, palette, (plain, picture), guidance, (before, after))
+    if args.json:
+        report = {
+            "picture": str(args.output),
+            "figure": None if args.figure is None else str(args.figure),
+            "seconds": round(seconds, 3),
+            "sliced_w1": {"without": before, "guided": after},
+            "losses": guidance.losses,
+        }
+        print(json.dumps(report, indent=2))
+    elif not args.quiet:
+        print(f"{args.output}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
+        print(f"sliced W1 to the palette: {before:.4f} without guidance, {after:.4f} with it")
+        if args.figure is not None:
+            print(f"{args.figure}: the pictures, their colors, and how they came closer")
+
+
+def _listed(text: str) -> Palette:
+    """A palette from '#aabbcc,#ddeeff:2'."""
+    colors, weights = [], []
+    for part in text.split(","):
+        color, _, weight = (one.strip() for one in part.partition(":"))
+        try:
+            weights.append(float(weight or 1))
+        except ValueError:
+            raise ValueError(f"a weight is a number; got {weight!r} for {color!r}") from None
+        colors.append(color)
+    return Palette.from_colors(colors, weights)
+
+
+def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> Tensor:
+    """A picture as :func:`_picture` gives it, with the distance in the progress bar."""
+    from tqdm import tqdm
+
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        handle = patch(pipe, guidance)
+    except TypeError as error:
+        raise CommandError(f"{args.model} can't be guided: {error}") from error
+    with handle, tqdm(total=args.steps, unit="step", disable=args.quiet or args.json) as bar:
+
+        def show(_: Any, step: int, *rest: Any) -> dict[str, Any]:
+            bar.set_postfix_str(f"distance {guidance.losses[-1][-1]:.4f}", refresh=False)
+            bar.update()
+            return {}
+
+        return _picture(pipe, args.model, args, args.seed, callback_on_step_end=show)
+
+
+def _off(picture: Tensor, palette: Palette) -> float:
+    """The sliced distance W1, in units of a channel that spans 0 to 1."""
+    directions = random_rotations(ROTATIONS, 3, torch.Generator().manual_seed(0)).flatten(0, 1)
+    return float(sliced_wasserstein(picture.reshape(-1, 3), palette, directions=directions))
+
+
+def _draw_colors(
+    path: Path,
+    file: Path | None,
+    palette: Palette,
+    pictures: tuple[Tensor, Tensor],
+    guidance: ColorGuidance,
+    distances: tuple[float, float],
+) -> None:
+    from sdcore import figures
+
+    plain, guided = pictures
+    shown = {
+        "without guidance": plain,
+        "reference": figures.swatches(palette) if file is None else images.read(file),
+        "guided": guided,
+    }
+    palettes = [Palette.from_image(plain), palette, Palette.from_image(guided)]
+    caption = f"sliced W1 to the reference: {distances[0]:.4f} → {distances[1]:.4f}"
+    try:
+        figures.draw_colors(shown, palettes, guidance.losses, caption).savefig(path)
+    except OSError as error:
+        raise CommandError(f"can't write {path}: {error}") from error
+
+
 def _regions(args: argparse.Namespace) -> None:
     _need(PILLOW, MATPLOTLIB, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
     device = _device(args.device)
@@ -467,8 +609,8 @@ def _loaded(model: str, args: argparse.Namespace, device: torch.device) -> Any:
     return pipe
 
 
-def _picture(pipe: Any, model: str, args: argparse.Namespace, seed: int) -> Tensor:
-    """[H, W, 3], uint8."""
+def _picture(pipe: Any, model: str, args: argparse.Namespace, seed: int, **more: Any) -> Tensor:
+    """[H, W, 3], of the levels of 8 bits in [0, 1]."""
     try:
         picture = pipe(
             args.prompt,
@@ -479,6 +621,7 @@ def _picture(pipe: Any, model: str, args: argparse.Namespace, seed: int) -> Tens
             width=args.width,
             generator=torch.Generator("cpu").manual_seed(seed % (1 << 64)),
             output_type="pt",
+            **more,
         ).images[0]
     except (TypeError, ValueError, FloatingPointError) as error:
         raise CommandError(f"{model} can't make this picture: {error}") from error

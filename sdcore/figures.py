@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
+    from sdcore.palette import Palette
+
 # Enough that a cloud of pixels looks full, few enough that dots do not hide each other.
 DOTS = 5000
+SWATCHES = 8  # colors of a palette that are shown
 INK, FAINT = "#222222", "#9a9a9a"
 LINES = ("#1f5fbf", "#d62728", "#2a9134")
 CHANNELS = (("red", "#d62728"), ("green", "#2a9134"), ("blue", "#1f5fbf"))
@@ -42,9 +46,79 @@ def draw_recolor(source: Tensor, reference: Tensor, result: Tensor, caption: str
     _draw_images(top, images)
     with rc_context({"grid.color": "#dcdcdc"}):  # 3-D axes offer no other way.
         _draw_clouds(middle, images)
-    _draw_distributions(bottom, images)
+    pixels = {name: (image.reshape(-1, 3), None) for name, image in images.items()}
+    _draw_distributions(bottom, pixels, "and their channels' distributions")
     bottom.text(0.5, 0.02, caption, ha="center", va="bottom", color=INK, fontsize=10)
     return figure
+
+
+def draw_colors(
+    shown: dict[str, Tensor],
+    palettes: Sequence[Palette],
+    losses: Sequence[Sequence[float]],
+    caption: str,
+) -> Figure:
+    """Pictures [H, W, 3] above their palettes: without guidance, the reference (a strip of its
+    colors if it is no picture), guided; the distributions of their channels; and the distance to
+    the reference over the inner steps of each guided one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9.4), dpi=110, facecolor="white")
+    panels: Any = figure.subfigures(2, 1, height_ratios=(5.4, 4))
+    top, bottom = panels
+    top.subplots_adjust(0.02, 0.03, 0.98, 0.94, wspace=0.04, hspace=0.04)
+    above, below = top.subplots(2, 3, height_ratios=(8, 1))
+    for axes, strip, (name, picture), palette in zip(
+        above, below, shown.items(), palettes, strict=True
+    ):
+        axes.imshow(picture.cpu().numpy())
+        axes.set_title(name, color=INK, fontsize=13)
+        axes.axis("off")
+        _draw_palette(strip, palette)
+    left, right = bottom.subfigures(1, 2, width_ratios=(3, 1))
+    images = {
+        name: (palette.colors.cpu().numpy(), palette.weights.cpu().numpy())
+        for name, palette in zip(shown, palettes, strict=True)
+    }
+    _draw_distributions(left, images, "the channels' distributions")
+    _draw_descent(right, losses)
+    bottom.text(0.5, 0.02, caption, ha="center", va="bottom", color=INK, fontsize=10)
+    return figure
+
+
+def swatches(palette: Palette, height: int = 256) -> Tensor:
+    """[height, height, 3]: a palette's colors as stripes, each as wide as its weight."""
+    few = palette.reduced(height)
+    edges = (few.weights.cumsum(0) * height).round().clamp(max=height).long()
+    at = torch.searchsorted(edges, torch.arange(height, device=edges.device), right=True)
+    return few.colors[at.clamp(max=len(few) - 1)].clamp(0, 1).expand(height, -1, -1)
+
+
+def _draw_palette(axes: Any, palette: Palette) -> None:
+    """The colors of up to SWATCHES boxes, each as wide as its weight."""
+    few = palette.reduced(SWATCHES)
+    order = few.weights.argsort(descending=True)
+    start = 0.0
+    for color, weight in zip(few.colors[order].tolist(), few.weights[order].tolist(), strict=True):
+        axes.barh(0, weight, left=start, height=1, color=[min(1, max(0, one)) for one in color])
+        start += weight
+    axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
+    axes.axis("off")
+
+
+def _draw_descent(panel: SubFigure, losses: Sequence[Sequence[float]]) -> None:
+    axes = panel.subplots()
+    panel.subplots_adjust(0.16, 0.26, 0.94, 0.93)
+    panel.suptitle("distance to the reference", color=INK, fontsize=12, y=1.02)
+    for step, inner in enumerate(losses):
+        at = [step + number / len(inner) for number in range(len(inner))]
+        axes.plot(at, inner, color=LINES[0], linewidth=1.3)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylim(bottom=0)
+    axes.tick_params(colors=FAINT, labelcolor=INK)
+    axes.grid(color="#eeeeee")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
 
 
 def _draw_images(panel: SubFigure, images: dict[str, np.ndarray]) -> None:
@@ -79,22 +153,23 @@ def _style_edge(axes: Any, letter: str, name: str, color: str) -> None:
     edge.line.set(color=color, linewidth=1.8)
 
 
-def _draw_distributions(panel: SubFigure, images: dict[str, np.ndarray]) -> None:
-    """Cumulative distributions: what the distance compares, along three of its directions."""
-    panel.suptitle("and their channels' distributions", color=INK, fontsize=12, y=1.02)
+def _draw_distributions(
+    panel: SubFigure, images: dict[str, tuple[np.ndarray, np.ndarray | None]], title: str
+) -> None:
+    """Cumulative distributions, of colors [n, 3] and their weights: what the distance compares,
+    along three of its directions. In order: what was, the reference, and what came of it."""
+    panel.suptitle(title, color=INK, fontsize=12, y=1.02)
     at = np.linspace(0, 1, 1025)
     panel.subplots_adjust(0.06, 0.26, 0.97, 0.93, wspace=0.16)
     each = panel.subplots(1, 3, sharey=True)
     for channel, (axes, (name, color)) in enumerate(zip(each, CHANNELS, strict=True)):
-        looks = {
-            "source": {"color": FAINT, "linewidth": 1.5},
-            "reference": {"color": color, "linewidth": 5, "alpha": 0.35},
-            "recolored": {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))},
-        }
-        for label, image in images.items():
-            levels = np.sort(image[..., channel], axis=None)
-            share = np.searchsorted(levels, at, side="right") / len(levels)
-            axes.plot(at, share, label=label, **looks[label])
+        looks: tuple[dict[str, Any], ...] = (
+            {"color": FAINT, "linewidth": 1.5},
+            {"color": color, "linewidth": 5, "alpha": 0.35},
+            {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))},
+        )
+        for (label, (colors, weights)), look in zip(images.items(), looks, strict=True):
+            axes.plot(at, _share_below(at, colors[:, channel], weights), label=label, **look)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xticks=(0, 0.25, 0.5, 0.75, 1))
         axes.set_xlabel(name, color=color)
         axes.tick_params(colors=FAINT, labelcolor=INK)
@@ -103,6 +178,12 @@ def _draw_distributions(panel: SubFigure, images: dict[str, np.ndarray]) -> None
         axes.spines[["left", "bottom"]].set_color(FAINT)
     each[0].set_ylabel("share of pixels below", color=INK)
     each[0].legend(frameon=False, labelcolor=INK, loc="best")
+
+
+def _share_below(at: np.ndarray, levels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    order = np.argsort(levels)
+    whole = np.arange(len(levels) + 1) if weights is None else np.cumsum([0, *weights[order]])
+    return whole[np.searchsorted(levels[order], at, side="right")] / whole[-1]
 
 
 def draw_lines(

@@ -207,6 +207,18 @@ class Palette:
             return self
         return self._of(colors, self._weights, colors.device, self._equal)
 
+    def reduced(self, max_colors: int) -> Palette:
+        """At most so many colors, in the way that ``max_colors`` of :meth:`from_image` has it.
+
+        Raises:
+            TypeError, ValueError: ``max_colors`` is no int of 1 or more.
+        """
+        _check_max_colors(max_colors)
+        if len(self) <= max_colors:
+            return self
+        means = _box_means(self._colors.cpu(), self._weights.cpu(), max_colors)
+        return self._of(*_merge(*means), self.device)
+
     def kept(
         self, directions: Tensor, setting: Hashable, make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:

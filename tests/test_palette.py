@@ -806,6 +806,16 @@ def test_enough_colors_are_left_as_they_are() -> None:
     assert len(Palette.from_image(image, max_colors=26)) == 26
 
 
+def test_reduced_is_what_an_image_gives_with_fewer() -> None:
+    image = torch.randint(0, 9, (30, 30, 3), dtype=torch.uint8)
+    whole = Palette.from_image(image)
+    for count in (1, 7, 300):
+        assert same(whole.reduced(count), Palette.from_image(image, max_colors=count))
+    assert whole.reduced(len(whole)) is whole
+    with pytest.raises(ValueError, match="max_colors"):
+        whole.reduced(0)
+
+
 def test_fewer_colors_are_the_same_each_time() -> None:
     image = torch.rand(50, 50, 3)
     image[:25] = image[25:]  # ties

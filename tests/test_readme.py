@@ -34,7 +34,8 @@ def test_python_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_commands_exist() -> None:
     commands = re.findall(r"^sdcore (\w+)(.*?)(?: +#.*)?$", "\n".join(blocks("bash")), re.MULTILINE)
-    assert {name for name, _ in commands} == {"info", "recolor", "generate", "regions", "delta"}
+    known = {"info", "recolor", "generate", "color", "regions", "delta"}
+    assert {name for name, _ in commands} == known
     for name, arguments in commands:
         parsed = cli._parser().parse_args([name, *shlex.split(arguments)])
         assert parsed.command == name

@@ -72,8 +72,8 @@ class ColorGuidance(Method):
     The UNet and the VAE are frozen for the run, and decoded by :class:`sdcore.FastDecoder` on a
     GPU. A VAE in float16 that overflows there (``force_upcast``) is copied to float32 for the run.
 
-    After a run ``losses`` has, for each guided step, the means of L over pictures: one for each
-    inner step, before its update.
+    ``losses`` has, for each guided step of the run that began last, so far, the means of L over
+    pictures: one for each inner step, before its update.
 
     Raises:
         TypeError, ValueError: an argument that the above rules out. When a run begins: references
@@ -121,7 +121,8 @@ class ColorGuidance(Method):
         state = run.of(self)
         pipe = run.pipe
         _check_not_offloaded(pipe)
-        state.taken, state.palettes, state.generator = [], None, None
+        state.palettes = state.generator = None
+        state.taken = self.losses = []
         state.vae = pipe.vae
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
             state.vae = copy.deepcopy(pipe.vae).float()
@@ -140,10 +141,7 @@ class ColorGuidance(Method):
         return proceed(call.moved(u))
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        state = run.of(self)
-        getattr(state, "frozen", contextlib.ExitStack()).close()
-        if error is None:
-            self.losses = state.taken
+        getattr(run.of(self), "frozen", contextlib.ExitStack()).close()
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)

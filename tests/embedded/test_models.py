@@ -1,6 +1,7 @@
 """From pictures to a pipeline that loads: with so few steps that nothing is learned."""
 
 import itertools
+import json
 import random
 import time
 import types
@@ -143,6 +144,54 @@ def test_generate_says_what_is_wrong_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("sdcore generate: error: ") and complaint in error
     assert not Path("generated.png").exists()
+
+
+def test_color_writes_a_picture_a_figure_and_a_report(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    asked = ["color", "--prompt", "a red circle", "--steps", "3", "--inner", "2"]
+    asked += ["--model", str(trained / "models" / "v1"), "--device", "cpu"]
+    assert cli.main([*asked, "--palette", "#000000,#102030:2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.partition("\n{")[2].join(("{", "")))
+    assert report["sliced_w1"]["guided"] < report["sliced_w1"]["without"]
+    assert [len(one) for one in report["losses"]] == [2, 2, 2]
+    dark = images.read(Path(report["picture"]))
+    figure = images.read(Path(report["figure"]))
+    assert dark.shape == (128, 128, 3)
+    assert figure.shape[1] > figure.shape[0] > 500
+    reference = torch.rand(16, 24, 3, generator=torch.Generator().manual_seed(0))
+    images.write(images.quantize(reference), Path("photo.png"))
+    more = ["--reference", "photo.png", "--output", "light.png", "--no-figure", "--quiet"]
+    assert cli.main([*asked, *more]) == 0
+    assert capsys.readouterr().out == ""
+    assert not images.read(Path("light.png")).equal(dark)
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        (["--palette", "#000000:x"], "a weight is a number; got 'x' for '#000000'"),
+        (["--palette", "#zzz"], "'#zzz'"),
+        (["--reference", "nowhere.png"], "nowhere.png"),
+        (["--reference", "."], "."),
+        (["--palette", "#fff", "--output", "x.bmpp"], "x.bmpp"),
+    ],
+)
+def test_color_says_what_is_wrong_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    what: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["color", "--prompt", "a red circle", "--device", "cpu", *what]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sdcore color: error: ") and complaint in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_regions_writes_a_picture_and_a_figure(
