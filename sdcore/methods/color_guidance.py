@@ -7,7 +7,8 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcore import graphs
 from sdcore.methods.fast_decoder import FastDecoder
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.palette import Palette
@@ -66,6 +68,9 @@ class ColorGuidance(Method):
             is then not differentiated.
         loss: "binned" or "exact", the ``method`` of ``sdcore.ops.sliced_wasserstein``.
         seed: of the rotations; None for one that is drawn when a run begins.
+        graph: on a GPU capture an inner step as one CUDA graph, which serves all of them, unless
+            another method lies between this one and the UNet. It keeps the memory that an inner
+            step needs, until the method is removed.
 
     Works with Stable Diffusion 1, 2 and SDXL, from text, from images and with ControlNet, whose
     residuals are held at what they were for x; with models that predict noise, v or the sample.
@@ -101,6 +106,7 @@ class ColorGuidance(Method):
         unet_gradient: str = "full",
         loss: str = "binned",
         seed: int | None = None,
+        graph: bool = True,
     ) -> None:
         _check_options(inner_steps, rotations, guided_fraction, decode_scale, unet_gradient, loss)
         if learning_rate is not None and not _is_positive(learning_rate):
@@ -113,9 +119,10 @@ class ColorGuidance(Method):
         self.normalize_gradient = bool(normalize_gradient)
         self.guided_fraction, self.decode_scale = float(guided_fraction), float(decode_scale)
         self.unet_gradient, self.loss = unet_gradient, loss
-        self.seed = seed
+        self.seed, self.graph = seed, bool(graph)
         self.losses: list[list[float]] = []
-        self._decoder = FastDecoder()
+        self._decoder, self._within_a_graph = FastDecoder(), FastDecoder(graph=False)
+        self._graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
 
     def begin(self, run: Run) -> None:
         state = run.of(self)
@@ -145,6 +152,9 @@ class ColorGuidance(Method):
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
+        kept = self._graphs.pop(_original(pipe.unet), None)
+        if kept is not None:
+            kept.graphs.clear()
 
     def _prepare(self, state: SimpleNamespace, call: Call) -> None:
         """At the first step: what depends on where the latents are, and on how many."""
@@ -154,11 +164,26 @@ class ColorGuidance(Method):
                 f"reference must be one, or one for each picture; got {len(self.palettes)} for "
                 f"{pictures} pictures"
             )
-        state.palettes = [palette.to(device) for palette in self.palettes]
+        state.palettes = [
+            (one.colors.to(device), None if one.has_equal_weights else one.weights.to(device))
+            for one in self.palettes
+        ]
         state.generator = torch.Generator(device)
         state.generator.manual_seed(
             int(torch.randint(2**62, ())) if self.seed is None else self.seed
         )
+        state.scaling = _scaling(state.vae, device)
+        state.graphs = None
+        if self.graph and device.type == "cuda" and call.run.innermost(self):
+            state.graphs = self._graphs_of(call.run.pipe.unet, state.vae)
+
+    def _graphs_of(self, unet: Any, vae: Any) -> _Graphs:
+        unet = _original(unet)
+        kept = self._graphs.get(unet)
+        if kept is None or kept.vae() is not vae:
+            kept = self._graphs[unet] = _Graphs(self, unet, vae)
+        kept.graphs.state = kept.state()
+        return kept
 
     def _control(
         self, state: SimpleNamespace, call: Call, proceed: Callable[[Call], Tensor]
@@ -169,15 +194,28 @@ class ColorGuidance(Method):
         rate = self.learning_rate
         if rate is None:
             rate = PUBLISHED_RATE * math.prod(u.shape[2:]) / PUBLISHED_LATENTS
+        rotations = random_rotations(
+            self.inner_steps * self.rotations, 3, device=u.device, generator=state.generator
+        )
+        settings = {
+            "alpha": call.alpha, "sigma": call.sigma, "palettes": state.palettes, "rate": rate,
+            "kind": call.run.scheduler.config.prediction_type, "scaling": state.scaling,
+        }  # fmt: skip
+        graph = state.graphs is not None and graphs.fits(alone.options)
         losses = []
-        for _ in range(self.inner_steps):
-            u = u.detach().requires_grad_()
-            loss = self._loss(state, self._picture(state, alone.moved(u), proceed))
-            (grad,) = torch.autograd.grad(loss.sum(), u)
-            if self.normalize_gradient:
-                grad = grad / grad.std((1, 2, 3), keepdim=True)
-            losses.append(loss.detach().mean())
-            u = u.detach() - rate * grad
+        for some in rotations.split(self.rotations):
+            directions = some.flatten(0, 1)
+            if graph:
+                u, loss = state.graphs(alone, u, directions, settings)
+            else:
+
+                def ask(u: Tensor) -> tuple[Tensor, Tensor]:
+                    moved = alone.moved(u)
+                    return moved.sample, proceed(moved)
+
+                fast = self._decoder if u.is_cuda else None
+                u, loss = self._inner_step(ask, state.vae, fast, u, directions, **settings)
+            losses.append(loss)
         state.taken.append(torch.stack(losses).tolist())
         if not all(map(math.isfinite, state.taken[-1])):
             raise RuntimeError(
@@ -186,54 +224,125 @@ class ColorGuidance(Method):
             )
         return u
 
-    def _picture(
-        self, state: SimpleNamespace, call: Call, proceed: Callable[[Call], Tensor]
-    ) -> Tensor:
-        """[B, 3, H, W] in [0, 1]: what the UNet takes the sample for."""
+    def _inner_step(
+        self,
+        ask: Callable[[Tensor], tuple[Tensor, Tensor]],
+        vae: Any,
+        fast: FastDecoder | None,
+        u: Tensor,
+        directions: Tensor,
+        *,
+        alpha: Tensor,
+        sigma: Tensor,
+        palettes: list[tuple[Tensor, Tensor | None]],
+        rate: float,
+        kind: str,
+        scaling: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """u after it, and the mean of L before. ``ask`` gives the sample moved by u, and what the
+        UNet says of it."""
+        u = u.detach().requires_grad_()
         full = self.unet_gradient == "full"
         with torch.set_grad_enabled(full):
-            said = proceed(call).float()
-        x, alpha, sigma = call.sample[:, : said.shape[1]].float(), call.alpha, call.sigma
-        kind = call.run.scheduler.config.prediction_type
+            x, said = ask(u)
+        said = said.float()
         if full:
-            clean = _clean(kind, said, x, alpha, sigma)
+            clean = _clean(kind, said, x[:, : said.shape[1]].float(), alpha, sigma)
         else:
-            clean = (x - sigma * _noise(kind, said, x.detach(), alpha, sigma)) / alpha
-        return self._decoded(state.vae, clean)
+            noise = _noise(kind, said, x[:, : said.shape[1]].float(), alpha, sigma).detach()
+            # Of a constant noise: x is what it was, and u what was added.
+            clean = (x[:, : said.shape[1]].detach() + (u - u.detach()) - sigma * noise) / alpha
+        loss = _losses(self._decoded(vae, fast, clean, scaling), directions, palettes, self.loss)
+        (grad,) = torch.autograd.grad(loss.sum(), u)
+        if self.normalize_gradient:
+            grad = grad / grad.std((1, 2, 3), keepdim=True)
+        return u.detach() - rate * grad, loss.detach().mean()
 
-    def _decoded(self, vae: Any, clean: Tensor) -> Tensor:
-        config = vae.config
-        latents = clean / config.scaling_factor
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            mean, std = (
-                torch.tensor(one, device=clean.device).reshape(1, -1, 1, 1) for one in (mean, std)
-            )
-            latents = latents * std + mean
+    def _decoded(
+        self, vae: Any, fast: FastDecoder | None, clean: Tensor, scaling: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[B, 3, H, W] in [0, 1]."""
+        factor, mean = scaling
+        latents = factor * clean + mean
         if self.decode_scale != 1:
             size = [max(1, round(self.decode_scale * side)) for side in latents.shape[2:]]
             latents = F.interpolate(latents, size=size, mode="bilinear", antialias=True)
-        fast = self._decoder.within(vae) if clean.is_cuda else contextlib.nullcontext()
-        with fast:
+        with contextlib.nullcontext() if fast is None else fast.within(vae):
             image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
-    def _loss(self, state: SimpleNamespace, pictures: Tensor) -> Tensor:
-        """L of each picture."""
-        directions = random_rotations(
-            self.rotations, 3, device=pictures.device, generator=state.generator
-        ).flatten(0, 1)
-        pixels = pictures.flatten(2).mT
-        palettes = state.palettes
-        groups = [pixels] if len(palettes) == 1 else pixels.split(1)
-        found = [
-            sliced_wasserstein(
-                some, palette, directions=directions, method=self.loss,
-                value_range=(0.0, 1.0) if self.loss == "binned" else None,
-            )
-            for some, palette in zip(groups, palettes, strict=True)
-        ]  # fmt: skip
-        return 3 * torch.cat(found)
+
+class _Graphs:
+    """Of a UNet and a VAE, which they do not hold."""
+
+    def __init__(self, method: ColorGuidance, unet: nn.Module, vae: nn.Module) -> None:
+        self.unet, self.vae = weakref.ref(unet), weakref.ref(vae)
+
+        def inner_step(
+            given: dict[str, Any], u: Tensor, directions: Tensor, **settings: Any
+        ) -> Any:
+            def ask(u: Tensor) -> tuple[Tensor, Tensor]:
+                sample = given["sample"]
+                front = sample[:, : u.shape[1]] + u.to(sample.dtype)
+                x = torch.cat([front, sample[:, u.shape[1] :]], 1)
+                return x, self.unet()(**given | {"sample": x}, return_dict=False)[0]
+
+            vae, fast = self.vae(), method._within_a_graph
+            return method._inner_step(ask, vae, fast, u, directions, **settings)
+
+        self.graphs = graphs.Graphs(inner_step, "an inner step of ColorGuidance")
+
+    def state(self) -> Hashable:
+        found = [graphs.module_state(part) for part in (self.unet(), self.vae())]
+        return next((one for one in found if isinstance(one, str)), tuple(found))
+
+    def __call__(
+        self, call: Call, u: Tensor, directions: Tensor, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        given = {
+            "sample": call.sample,
+            "timestep": torch.as_tensor(call.timestep, device=u.device),
+            "encoder_hidden_states": call.encoder_hidden_states,
+            **call.options,
+        }
+        return self.graphs(given, u.detach(), directions, **settings)
+
+
+def _original(module: Any) -> Any:
+    """Also of what ``torch.compile`` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _scaling(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What latents of unit variance are multiplied by, and what is added, for the decoder."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [0.0], [1.0]
+    mean, std = (
+        torch.tensor(one, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+        for one in (mean, std)
+    )
+    return std / config.scaling_factor, mean
+
+
+def _losses(
+    pictures: Tensor,
+    directions: Tensor,
+    palettes: list[tuple[Tensor, Tensor | None]],
+    method: str,
+) -> Tensor:
+    """L of each picture."""
+    pixels = pictures.flatten(2).mT
+    groups = [pixels] if len(palettes) == 1 else pixels.split(1)
+    found = [
+        sliced_wasserstein(
+            some, colors, directions=directions, weights_y=weights, method=method,
+            value_range=(0.0, 1.0) if method == "binned" else None,
+        )
+        for some, (colors, weights) in zip(groups, palettes, strict=True)
+    ]  # fmt: skip
+    return 3 * torch.cat(found)
 
 
 def _clean(kind: str, said: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -261,7 +370,7 @@ _frozen_lock = threading.Lock()
 def frozen(module: Any) -> Iterator[None]:
     """Within it, of however many threads, no weight of the module wants a gradient; after the last
     of them, those that did want one again."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = _original(module)
     with _frozen_lock:
         kept = _frozen.setdefault(inner, SimpleNamespace(count=0, weights=[]))
         if kept.count == 0:

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 import sdcore
+from sdcore.embedded import load
 from sdcore.images import ImageError
 from sdcore.methods import color_guidance
 from sdcore.methods.color_guidance import ColorGuidance, frozen
@@ -63,7 +64,8 @@ def published(
     alpha, sigma = products.sqrt(), (1 - products).sqrt()
     generator = torch.Generator().manual_seed(FEW["seed"])
     u = torch.zeros_like(x)
-    for _ in range(steps):
+    drawn = random_rotations(steps * FEW["rotations"], 3, generator=generator)
+    for rotations in drawn.split(FEW["rotations"]):
         u = u.detach().requires_grad_()
         said = pipe.unet(x + u, t, text).sample
         if pipe.scheduler.config.prediction_type == "epsilon":
@@ -72,7 +74,6 @@ def published(
             clean = alpha * (x + u) - sigma * said
         image = pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample
         pixels = (image / 2 + 0.5).clamp(0, 1).flatten(2)[0].T
-        rotations = random_rotations(FEW["rotations"], 3, generator=generator)
         loss = torch.zeros(())
         for rotation in rotations:
             ours, theirs = (pixels @ rotation.T).sort(0)[0], (reference @ rotation.T).sort(0)[0]
@@ -145,7 +146,6 @@ def test_of_the_unets_gradient_and_without(tokens: Any, seed: int) -> None:
     [
         {},
         {"unet_gradient": "frozen"},
-        {"decode_scale": 0.5},
         {"loss": "exact"},
         {"normalize_gradient": True, "learning_rate": 0.04},
     ],
@@ -154,7 +154,9 @@ def test_of_the_unets_gradient_and_without(tokens: Any, seed: int) -> None:
 def test_pictures_come_nearer_to_the_palette(tokens: Any, options: dict[str, Any]) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     before = pipelines.images(pipe, "text-to-image")
-    guidance = ColorGuidance(PALETTE, rotations=4, seed=0, **options)
+    # Of so many rotations that the loss is the distance, and not which of them were drawn.
+    options = {"rotations": 32, "seed": 0, "learning_rate": 100.0} | options
+    guidance = ColorGuidance(PALETTE, **options)
     with sdcore.patch(pipe, guidance):
         found = pipelines.images(pipe, "text-to-image")
         again = pipelines.images(pipe, "text-to-image")
@@ -162,6 +164,80 @@ def test_pictures_come_nearer_to_the_palette(tokens: Any, options: dict[str, Any
     assert found.equal(again)
     assert [len(one) for one in guidance.losses] == [8] * pipelines.STEPS
     assert guidance.losses[0][-1] < guidance.losses[0][0]
+
+
+def test_decoded_at_half_the_size() -> None:
+    """By a trained decoder: of another size, one of random weights shows something else."""
+    pipe = load("v2")
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[tuple[int, ...]] = []
+    real = pipe.vae.decoder.conv_in.register_forward_hook(
+        lambda module, given, out: seen.append(tuple(given[0].shape[2:]))
+    )
+    options = {"prompt": "a red circle", "num_inference_steps": 4, "output_type": "pt"}
+
+    def made() -> Tensor:
+        return pipe(**options, generator=torch.Generator().manual_seed(0)).images
+
+    before = made()
+    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW, decode_scale=0.5)):
+        found = made()
+    real.remove()
+    assert off(found) < 0.9 * off(before)
+    height, width = seen[0]
+    assert seen == [seen[0], *[(height // 2, width // 2)] * 8, seen[0]]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("SD", "inpainting"), ("SDXL", "ControlNet"), ("SDXL", "text-to-image")]
+)
+@pytest.mark.parametrize("unet_gradient", color_guidance.UNET_GRADIENTS)
+def test_what_a_graph_captures_is_the_same(
+    tokens: Any, family: str, kind: str, unet_gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU it is called in place of the graph."""
+    pipe = pipelines.pipeline(family, kind, tokens)
+    options = {**FEW, "unet_gradient": unet_gradient}
+    with sdcore.patch(pipe, ColorGuidance([PALETTE, PALETTE], **options)):
+        wanted = pipelines.images(pipe, kind, num_images_per_prompt=2)
+    calls: list[Any] = []
+    real = color_guidance._Graphs.__call__
+
+    def prepare(self, state, call):
+        before(self, state, call)
+        state.graphs = self._graphs_of(call.run.pipe.unet, state.vae)
+
+    def counted(self, *args):
+        calls.append(args)
+        return real(self, *args)
+
+    before = ColorGuidance._prepare
+    monkeypatch.setattr(ColorGuidance, "_prepare", prepare)
+    monkeypatch.setattr(color_guidance._Graphs, "__call__", counted)
+    guidance = ColorGuidance([PALETTE, PALETTE], **options)
+    with sdcore.patch(pipe, guidance):
+        found = pipelines.images(pipe, kind, num_images_per_prompt=2)
+        assert len(guidance._graphs) == 1
+    assert len(calls) == FEW["inner_steps"] * len(guidance.losses)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert not guidance._graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+def test_graphs_on_a_gpu(tokens: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pipe = pipelines.pipeline(family, "text-to-image", tokens).to("cuda")
+    found = []
+    for graph in (False, True):
+        guidance = ColorGuidance(PALETTE, **FEW, graph=graph)
+        with sdcore.patch(pipe, guidance):
+            found.append(pipelines.images(pipe, "text-to-image"))
+            if graph:
+                (kept,) = guidance._graphs.values()
+                assert kept.graphs.captures == 1
+                assert kept.graphs.replays == FEW["inner_steps"] * pipelines.STEPS
+    torch.testing.assert_close(*found, rtol=0, atol=5e-3)
 
 
 # ---------------------------------------------------------------------------------------------
