@@ -84,7 +84,8 @@ class ColorGuidance(Method):
         TypeError, ValueError: an argument that the above rules out. When a run begins: references
             that are not as many as pictures, models that are moved out of the GPU in turn
             (``enable_model_cpu_offload``), a scheduler of which no move of the sample is followed.
-        RuntimeError: a loss that is not finite, with the step; ``torch.inference_mode``.
+        FloatingPointError: a loss that is not finite, with the step.
+        RuntimeError: ``torch.inference_mode``.
 
     Source: Lobashev, Larchenko, Guskov, *Color Conditional Generation with Sliced Wasserstein
     Guidance*, 2025.
@@ -218,7 +219,7 @@ class ColorGuidance(Method):
             losses.append(loss)
         state.taken.append(torch.stack(losses).tolist())
         if not all(map(math.isfinite, state.taken[-1])):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"the loss is not finite at step {call.index}: {state.taken[-1]}; a VAE in float16 "
                 "may overflow: load it in bfloat16 or float32"
             )
