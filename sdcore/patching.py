@@ -606,12 +606,14 @@ def _patched_class(original: type) -> type:
 @contextlib.contextmanager
 def _under_way(target: Any) -> Iterator[tuple[Method, ...] | None]:
     """Of a call: the methods, which stay until it ends; None if there are none any more."""
+    methods = None
     with _lock:
         on = _patches(target)
         if on is not None:
             on.running += 1
+            methods = on.methods
     try:
-        yield None if on is None else on.methods
+        yield methods
     finally:
         if on is not None:
             _settle(target, on, ended=1)
