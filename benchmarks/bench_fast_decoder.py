@@ -221,13 +221,14 @@ def operations(case: Case) -> int:
     return counter.get_total_flops()
 
 
-def product_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+def product_rate(dtype: torch.dtype) -> float:
+    """In TF32 where convolutions are."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    taken = measure.milliseconds(torch.mm, [(a, b)], "cuda")[0]
-    torch.backends.cuda.matmul.allow_tf32 = before
-    return 2 * size**3 / (taken * 1e-3)
+    try:
+        return measure.product_rate(8192, dtype)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def measured(case: Case, device: str, peers: str) -> list[Row]:

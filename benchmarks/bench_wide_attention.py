@@ -143,12 +143,6 @@ def measured(tokens: int, dtype: torch.dtype, device: str, ceiling: float) -> li
     return rows
 
 
-def product_rate(size: int = 8192) -> float:
-    """Operations per second of a matrix product of bfloat16."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / (measure.milliseconds(torch.mm, [(a, b)], "cuda")[0] * 1e-3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +150,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="those of which the tokens hold this")
     given = parser.parse_args()
     gpu = given.device == "cuda"
-    ceiling = product_rate() if gpu else 0.0
+    ceiling = measure.product_rate(8192, torch.bfloat16) if gpu else 0.0
     if gpu:
         print(f"products {ceiling / 1e12:.0f} Tflop/s")
     rows: list[Row] = []

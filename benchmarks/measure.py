@@ -171,9 +171,9 @@ def shared_memory_rates(bins: int = 4096) -> tuple[float, float]:
     return done / (updates * 1e-3), done / (reads * 1e-3)
 
 
-def product_rate(size: int = 4096) -> float:
-    """Operations per second, two a multiply-add, of a square float32 matrix product."""
-    a, b = (torch.randn(size, size, device="cuda") for _ in range(2))
+def product_rate(size: int = 4096, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second, two a multiply-add, of a square matrix product."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     median, _, _ = milliseconds(torch.mm, [(a, b)], "cuda")
     return 2 * size**3 / (median * 1e-3)
 

@@ -106,17 +106,7 @@ def _parser() -> Parser:
         metavar="FILE",
         help="where the recolored image goes (default: %(default)s)",
     )
-    figure = command.add_mutually_exclusive_group()
-    figure.add_argument(
-        "--figure",
-        type=Path,
-        default=Path("figure.png"),
-        metavar="FILE",
-        help="where the figure goes: images and colors before and after (default: %(default)s)",
-    )
-    figure.add_argument(
-        "--no-figure", dest="figure", action="store_const", const=None, help="draw no figure"
-    )
+    _add_figure(command, "figure.png", "images and colors before and after")
     command.add_argument(
         "--steps", type=_positive, default=STEPS, metavar="N", help="Adam steps (%(default)s)"
     )
@@ -177,17 +167,11 @@ def _add_color(commands: Any) -> None:
     command.add_argument(
         "--inner", type=_positive, default=8, metavar="N", help="inner steps of each (%(default)s)"
     )
-    figure = command.add_mutually_exclusive_group()
-    figure.add_argument(
-        "--figure",
-        type=Path,
-        default=Path("color-figure.png"),
-        metavar="FILE",
-        help="where the figure goes: the picture without guidance, the reference and the picture "
-        "with their colors, and how they came closer (default: %(default)s)",
-    )
-    figure.add_argument(
-        "--no-figure", dest="figure", action="store_const", const=None, help="draw no figure"
+    _add_figure(
+        command,
+        "color-figure.png",
+        "the picture without guidance, the reference and the picture with their colors, and how "
+        "they came closer",
     )
     command.add_argument("--json", action="store_true", help="print a report as one JSON object")
     _add_common(command, seed_of="the picture and the rotations")
@@ -306,6 +290,20 @@ def _add_picture(command: argparse.ArgumentParser, output: str, more: str) -> No
         )
 
 
+def _add_figure(command: argparse.ArgumentParser, default: str, what: str) -> None:
+    figure = command.add_mutually_exclusive_group()
+    figure.add_argument(
+        "--figure",
+        type=Path,
+        default=Path(default),
+        metavar="FILE",
+        help=f"where the figure goes: {what} (default: %(default)s)",
+    )
+    figure.add_argument(
+        "--no-figure", dest="figure", action="store_const", const=None, help="draw no figure"
+    )
+
+
 def _add_common(command: argparse.ArgumentParser, seed_of: str) -> None:
     command.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU"
@@ -415,7 +413,7 @@ def _color(args: argparse.Namespace) -> None:
         return
     pipe.set_progress_bar_config(disable=True)
     plain = _picture(pipe, args.model, args, args.seed)
-    before, after = (_off(one, palette) for one in (plain, picture))
+    before, after = (_sliced_w1(one, palette) for one in (plain, picture))
     if args.figure is not None:
         _draw_colors(args.figure, file, palette, (plain, picture), guidance, (before, after))
     if args.json:
@@ -466,12 +464,6 @@ def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> Te
         return _picture(pipe, args.model, args, args.seed, callback_on_step_end=show)
 
 
-def _off(picture: Tensor, palette: Palette) -> float:
-    """The sliced distance W1, in units of a channel that spans 0 to 1."""
-    directions = random_rotations(ROTATIONS, 3, torch.Generator().manual_seed(0)).flatten(0, 1)
-    return float(sliced_wasserstein(picture.reshape(-1, 3), palette, directions=directions))
-
-
 def _draw_colors(
     path: Path,
     file: Path | None,
@@ -490,10 +482,7 @@ def _draw_colors(
     }
     palettes = [Palette.from_image(plain), palette, Palette.from_image(guided)]
     caption = f"sliced W1 to the reference: {distances[0]:.4f} → {distances[1]:.4f}"
-    try:
-        figures.draw_colors(shown, palettes, guidance.losses, caption).savefig(path)
-    except OSError as error:
-        raise CommandError(f"can't write {path}: {error}") from error
+    _save(figures.draw_colors(shown, palettes, guidance.losses, caption), path)
 
 
 def _regions(args: argparse.Namespace) -> None:
@@ -772,12 +761,13 @@ def _exact_w1_w2(x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(w1), float(w2_squared) ** 0.5
 
 
-def _sliced_w1(x: Tensor, y: Tensor) -> float:
+def _sliced_w1(x: Tensor, y: Tensor | Palette) -> float:
+    points = y if isinstance(y, Palette) else y.reshape(-1, 3)
     generator = torch.Generator().manual_seed(0)
     directions = random_rotations(ROTATIONS, 3, generator).flatten(0, 1).to(x.device)
     # In parts: the reference backend holds every projection of a call in memory.
     values = [
-        sliced_wasserstein(x.reshape(-1, 3), y.reshape(-1, 3), directions=part, reduction="sum")
+        sliced_wasserstein(x.reshape(-1, 3), points, directions=part, reduction="sum")
         for part in directions.split(12)
     ]
     return (torch.stack(values).sum() / len(directions)).item()
@@ -794,8 +784,12 @@ def _draw(
         f"   ·   W2 {before.w2:.3f} → {after.w2:.3f} (floor {floor.w2:.3f})"
         f"   ·   sliced W1 {before.sliced_w1:.4f} → {after.sliced_w1:.4f}"
     )
+    _save(figures.draw_recolor(*pictures, caption), path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
-        figures.draw_recolor(*pictures, caption).savefig(path)
+        figure.savefig(path)
     except OSError as error:
         raise CommandError(f"can't write {path}: {error}") from error
 

@@ -115,6 +115,10 @@ def _draw_descent(panel: SubFigure, losses: Sequence[Sequence[float]]) -> None:
         axes.plot(at, inner, color=LINES[0], linewidth=1.3)
     axes.set_xlabel("step", color=INK)
     axes.set_ylim(bottom=0)
+    _style(axes)
+
+
+def _style(axes: Any) -> None:
     axes.tick_params(colors=FAINT, labelcolor=INK)
     axes.grid(color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)
@@ -172,10 +176,7 @@ def _draw_distributions(
             axes.plot(at, _share_below(at, colors[:, channel], weights), label=label, **look)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xticks=(0, 0.25, 0.5, 0.75, 1))
         axes.set_xlabel(name, color=color)
-        axes.tick_params(colors=FAINT, labelcolor=INK)
-        axes.grid(color="#eeeeee")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
+        _style(axes)
     each[0].set_ylabel("share of pixels below", color=INK)
     each[0].legend(frameon=False, labelcolor=INK, loc="best")
 
@@ -207,10 +208,7 @@ def draw_lines(
         axes.set_xlabel("step", color=INK)
         axes.set_ylim(0, 1.1 * max(max(values) for values in lines.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(colors=FAINT, labelcolor=INK)
-        axes.grid(color="#eeeeee")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
+        _style(axes)
         if any(lines):
             axes.legend(frameon=False, labelcolor=INK, loc="best")
     return figure

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcore import graphs
-from sdcore.methods.fast_decoder import FastDecoder
+from sdcore.methods.fast_decoder import FastDecoder, is_offloaded
+from sdcore.methods.lora import plain
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.palette import Palette
 from sdcore.patching import Call, Method, Run
@@ -153,7 +154,7 @@ class ColorGuidance(Method):
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
-        kept = self._graphs.pop(_original(pipe.unet), None)
+        kept = self._graphs.pop(plain(pipe.unet), None)
         if kept is not None:
             kept.graphs.clear()
 
@@ -179,7 +180,7 @@ class ColorGuidance(Method):
             state.graphs = self._graphs_of(call.run.pipe.unet, state.vae)
 
     def _graphs_of(self, unet: Any, vae: Any) -> _Graphs:
-        unet = _original(unet)
+        unet = plain(unet)
         kept = self._graphs.get(unet)
         if kept is None or kept.vae() is not vae:
             kept = self._graphs[unet] = _Graphs(self, unet, vae)
@@ -309,11 +310,6 @@ class _Graphs:
         return self.graphs(given, u.detach(), directions, **settings)
 
 
-def _original(module: Any) -> Any:
-    """Also of what ``torch.compile`` returned."""
-    return getattr(module, "_orig_mod", module)
-
-
 def _scaling(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """What latents of unit variance are multiplied by, and what is added, for the decoder."""
     config = vae.config
@@ -371,7 +367,7 @@ _frozen_lock = threading.Lock()
 def frozen(module: Any) -> Iterator[None]:
     """Within it, of however many threads, no weight of the module wants a gradient; after the last
     of them, those that did want one again."""
-    inner = _original(module)
+    inner = plain(module)
     with _frozen_lock:
         kept = _frozen.setdefault(inner, SimpleNamespace(count=0, weights=[]))
         if kept.count == 0:
@@ -449,13 +445,9 @@ def _is_positive(value: Any) -> bool:
 
 def _check_not_offloaded(pipe: Any) -> None:
     for name in ("unet", "vae"):
-        for part in getattr(pipe, name).modules():
-            hook = getattr(part, "_hf_hook", None)
-            if hook is not None and (
-                getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"
-            ):
-                raise ValueError(
-                    f"ColorGuidance differentiates the UNet and the VAE together, and a hook of "
-                    f"accelerate moves the {name} out of the GPU; call pipe.remove_all_hooks() and "
-                    "pipe.to('cuda')"
-                )
+        if any(map(is_offloaded, getattr(pipe, name).modules())):
+            raise ValueError(
+                f"ColorGuidance differentiates the UNet and the VAE together, and a hook of "
+                f"accelerate moves the {name} out of the GPU; call pipe.remove_all_hooks() and "
+                "pipe.to('cuda')"
+            )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdcore.graphs import variant
 from sdcore.methods.cross_attention import turn
+from sdcore.methods.lora import plain
 from sdcore.ops import group_norm_silu
 from sdcore.ops.dtypes import wide_of
 from sdcore.patching import Method
@@ -50,12 +51,7 @@ class FastNorms(Method):
             raise TypeError(f"{type(pipe).__name__} has no group norm")
 
     def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
-        return replaced_forwards(module, lambda: _replaced(_original(module)))
-
-
-def _original(module: Any) -> Any:
-    """Also of what ``torch.compile`` returned."""
-    return getattr(module, "_orig_mod", module)
+        return replaced_forwards(module, lambda: _replaced(plain(module)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,6 +170,7 @@ def is_resnet(part: Any) -> bool:
     """A ResNet block of Diffusers' whose norms can be ours."""
     return (
         type(part).__name__ == "ResnetBlock2D"
+        and untouched(part)
         and part.upsample is None
         and part.downsample is None
         and (part.time_emb_proj is None or part.time_embedding_norm == "default")
@@ -196,7 +193,7 @@ def _replaced(model: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
         if own.get("gradient_checkpointing"):
             # Layers are computed again, in a thread of autograd's, and must be the same there.
             return []
-        if is_resnet(part) and untouched(part):
+        if is_resnet(part):
             found.append((part, _RESNET))
             continue
         parts = dict(own["_modules"])
