@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ _log = logging.getLogger("sdcore")
 # In which of several ways the modules in a function compute at this moment, to those who change it.
 variant: ContextVar[Hashable] = ContextVar("sdcore_variant", default=None)
 
+WAITED = "called a synchronizing CUDA operation"  # PyTorch's words
 WARM_UP = 3  # calls before the capture: what is chosen or compiled at a first call is then done
 
 
@@ -203,7 +205,7 @@ class Graphs:
                     for _ in range(WARM_UP):
                         captured.pull(self.function(*args, **kwargs))
                     # In a capture, waiting is an error that harms more than the capture.
-                    with _waiting_is_an_error():
+                    with _listening.waiting_is_an_error():
                         captured.pull(self.function(*args, **kwargs))
                     with capture(captured.graph):
                         out = self.function(*args, **kwargs)
@@ -240,14 +242,54 @@ class _Hashed:
         )
 
 
-@contextlib.contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+class _Listening:
+    """To what waits for the GPU, in threads that ask.
+
+    PyTorch's mode is all threads' at once, so that as an error it would stop those that may well
+    wait. It is asked to warn: of a warning it is known whose it is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._heard: dict[int, list[str]] = {}  # by thread
+        self._outer = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def waiting_is_an_error(self) -> Iterator[None]:
+        here = threading.get_ident()
+        with self._lock:
+            if not self._heard:
+                self._begin()
+            outer, self._heard[here] = self._heard.get(here), []
+        try:
+            yield
+        finally:
+            with self._lock:
+                heard = self._heard.pop(here)
+                if outer is not None:
+                    self._heard[here] = outer + heard
+                if not self._heard:
+                    self._outer.close()
+        if heard:
+            raise RuntimeError(heard[0])
+
+    def _begin(self) -> None:
+        self._outer.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("always", message=WAITED)
+        show = warnings.showwarning
+
+        def hear(message: Warning | str, *where: Any, **more: Any) -> None:
+            if not str(message).startswith(WAITED):
+                show(message, *where, **more)
+            elif (heard := self._heard.get(threading.get_ident())) is not None:
+                heard.append(str(message))
+
+        warnings.showwarning = hear
+        self._outer.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("warn")
+
+
+_listening = _Listening()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -243,16 +244,18 @@ def test_a_gradient_keeps_weights_and_sees_their_changes() -> None:
 
 @gpu
 def test_checkpointing_and_two_threads_with_gradients() -> None:
-    """Neither waits for the other; and what is checkpointed is called."""
+    """Neither waits for the other, nor minds that it waits for the GPU; and what is checkpointed is
+    called."""
     captured = graphs.Graphs(lambda x: (x**2).exp(), "function", gradients=True)
     wrong: list[int] = []
+    right: list[int] = []
 
     def work(first: int) -> None:
         for size in range(first, first + 40, 2):
             x = torch.randn(size, device="cuda", requires_grad=True)
             captured(x).sum().backward()
-            if not torch.allclose(x.grad, 2 * x * (x**2).exp(), rtol=1e-4):
-                wrong.append(size)
+            same = torch.allclose(x.grad, 2 * x * (x**2).exp(), rtol=1e-4)
+            (right if same else wrong).append(size)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in (100, 101)]
     for thread in threads:
@@ -260,7 +263,7 @@ def test_checkpointing_and_two_threads_with_gradients() -> None:
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
+    assert (len(right), wrong) == (40, [])
     replays = captured.replays
     x = torch.randn(100, device="cuda", requires_grad=True)
     out = torch.utils.checkpoint.checkpoint(captured, x, use_reentrant=False)
@@ -275,6 +278,30 @@ def test_random_numbers_differ_from_replay_to_replay() -> None:
     x = torch.zeros(1000, device="cuda")
     assert not captured(x).equal(captured(x))
     assert captured.captures == 1
+
+
+def test_waiting_is_heard_where_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other threads it is none, and nothing stays as it was set."""
+    mode = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+    shows, listening = warnings.showwarning, graphs._Listening()
+
+    def wait() -> None:
+        assert mode == ["warn"]
+        warnings.warn(graphs.WAITED, stacklevel=1)
+
+    with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
+        wait()
+    with listening.waiting_is_an_error():
+        other = threading.Thread(target=wait)
+        other.start()
+        other.join()
+    with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
+        wait()
+        with listening.waiting_is_an_error():
+            pass
+    assert (mode, warnings.showwarning) == ([0], shows)
 
 
 @gpu
