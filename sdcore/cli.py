@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdcore import __version__, backends, images
-from sdcore.methods.color_guidance import ColorGuidance
+from sdcore.methods.color_guidance import PRESETS, ColorGuidance
 from sdcore.methods.delta_sampling import Control, DeltaSampling
 from sdcore.methods.lora import LoRA
 from sdcore.methods.region_attention import Region, RegionAttention
@@ -165,16 +165,29 @@ def _add_color(commands: Any) -> None:
     _add_model(command, "--model", "v2", "what makes the picture")
     _add_picture(command, "color.png", "")
     command.add_argument(
-        "--inner", type=_positive, default=8, metavar="N", help="inner steps of each (%(default)s)"
+        "--preset",
+        choices=tuple(PRESETS),
+        default="quality",
+        help="the published settings, or some that take a fraction of the time (%(default)s)",
+    )
+    command.add_argument(
+        "--inner", type=_positive, metavar="N", help="inner steps of each (default: the preset's)"
+    )
+    command.add_argument(
+        "--batch",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="pictures, made at once; a number is added to their names (%(default)s)",
     )
     _add_figure(
         command,
         "color-figure.png",
-        "the picture without guidance, the reference and the picture with their colors, and how "
-        "they came closer",
+        "the first picture without guidance, the reference and the picture with their colors, and "
+        "how they came closer",
     )
     command.add_argument("--json", action="store_true", help="print a report as one JSON object")
-    _add_common(command, seed_of="the picture and the rotations")
+    _add_common(command, seed_of="the first picture, and of the rotations")
     command.set_defaults(run=_color)
 
 
@@ -378,9 +391,7 @@ def _recolor(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     _need(PILLOW, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
     device = _device(args.device)
-    files = (
-        [args.output] if args.count == 1 else [_numbered(args.output, i) for i in range(args.count)]
-    )
+    files = _numbered(args.output, args.count)
     for file in files:
         images.check_writable(file)
     pipe = _loaded(args.model, args, device)
@@ -398,36 +409,42 @@ def _color(args: argparse.Namespace) -> None:
     _need(PILLOW, TQDM, *drawn, DIFFUSERS, TRANSFORMERS, PEFT, extras="cli,diffusers")
     device = _device(args.device)
     file = None if args.reference is None else images.find(args.reference)
-    _check_outputs(args.output, args.figure, [] if file is None else [file])
+    outputs = _numbered(args.output, args.batch)
+    for output in outputs:
+        _check_outputs(output, args.figure, [] if file is None else [file])
     try:
         palette = _listed(args.palette) if file is None else Palette.from_image(file)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pipe = _loaded(args.model, args, device)
-    guidance = ColorGuidance(palette, inner_steps=args.inner, seed=args.seed % (1 << 63))
+    guidance = ColorGuidance(
+        palette, preset=args.preset, inner_steps=args.inner, seed=args.seed % (1 << 63)
+    )
     start = time.perf_counter()
-    picture = _colored(pipe, guidance, args)
+    pictures = _colored(pipe, guidance, args)
     seconds = time.perf_counter() - start
-    images.write(picture, args.output)
+    for picture, output in zip(pictures, outputs, strict=True):
+        images.write(picture, output)
     if args.quiet and args.figure is None and not args.json:
         return
     pipe.set_progress_bar_config(disable=True)
     plain = _picture(pipe, args.model, args, args.seed)
-    before, after = (_sliced_w1(one, palette) for one in (plain, picture))
+    before, *after = (_sliced_w1(one, palette) for one in (plain, *pictures))
     if args.figure is not None:
-        _draw_colors(args.figure, file, palette, (plain, picture), guidance, (before, after))
+        shown = (plain, pictures[0])
+        _draw_colors(args.figure, file, palette, shown, guidance, (before, after[0]))
     if args.json:
         report = {
-            "picture": str(args.output),
+            "pictures": list(map(str, outputs)),
             "figure": None if args.figure is None else str(args.figure),
-            "seconds": round(seconds, 3),
             "sliced_w1": {"without": before, "guided": after},
-            "losses": guidance.losses,
+            **(guidance.report() or {}),
         }
         print(json.dumps(report, indent=2))
     elif not args.quiet:
-        print(f"{args.output}: {_shape(picture)}, {args.steps} steps in {seconds:.1f} s")
-        print(f"sliced W1 to the palette: {before:.4f} without guidance, {after:.4f} with it")
+        for output, picture, distance in zip(outputs, pictures, after, strict=True):
+            print(f"{output}: {_shape(picture)}, sliced W1 to the palette {distance:.4f}")
+        print(f"{args.steps} steps in {seconds:.1f} s; without guidance sliced W1 is {before:.4f}")
         if args.figure is not None:
             print(f"{args.figure}: the pictures, their colors, and how they came closer")
 
@@ -445,8 +462,8 @@ def _listed(text: str) -> Palette:
     return Palette.from_colors(colors, weights)
 
 
-def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> Tensor:
-    """A picture as :func:`_picture` gives it, with the distance in the progress bar."""
+def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> list[Tensor]:
+    """Pictures as :func:`_pictures` gives them, with the distance in the progress bar."""
     from tqdm import tqdm
 
     pipe.set_progress_bar_config(disable=True)
@@ -461,7 +478,8 @@ def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> Te
             bar.update()
             return {}
 
-        return _picture(pipe, args.model, args, args.seed, callback_on_step_end=show)
+        seeds = range(args.seed, args.seed + args.batch)
+        return _pictures(pipe, args.model, args, seeds, callback_on_step_end=show)
 
 
 def _draw_colors(
@@ -600,21 +618,29 @@ def _loaded(model: str, args: argparse.Namespace, device: torch.device) -> Any:
 
 def _picture(pipe: Any, model: str, args: argparse.Namespace, seed: int, **more: Any) -> Tensor:
     """[H, W, 3], of the levels of 8 bits in [0, 1]."""
+    return _pictures(pipe, model, args, [seed], **more)[0]
+
+
+def _pictures(
+    pipe: Any, model: str, args: argparse.Namespace, seeds: Sequence[int], **more: Any
+) -> list[Tensor]:
+    """One for each seed."""
     try:
-        picture = pipe(
+        pictures = pipe(
             args.prompt,
             negative_prompt=args.negative,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             height=args.height,
             width=args.width,
-            generator=torch.Generator("cpu").manual_seed(seed % (1 << 64)),
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator("cpu").manual_seed(seed % (1 << 64)) for seed in seeds],
             output_type="pt",
             **more,
-        ).images[0]
+        ).images
     except (TypeError, ValueError, FloatingPointError) as error:
         raise CommandError(f"{model} can't make this picture: {error}") from error
-    return images.quantize(picture.float().cpu().permute(1, 2, 0))
+    return [images.quantize(one.float().cpu().permute(1, 2, 0)) for one in pictures]
 
 
 def _hide_progress() -> None:
@@ -626,8 +652,10 @@ def _hide_progress() -> None:
     of_transformers.disable_progress_bar()
 
 
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_stem(f"{path.stem}-{number + 1}")
+def _numbered(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{number + 1}") for number in range(count)]
 
 
 def _pipeline(model: str, device: torch.device) -> Any:

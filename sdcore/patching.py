@@ -98,6 +98,11 @@ class Method:
     def removed(self, pipe: Any) -> None:
         """When it was taken off, and no run is left that has it."""
 
+    def report(self) -> dict[str, Any] | None:
+        """What there is to tell of the run that began last: numbers, strings, and lists and
+        dictionaries of them."""
+        return None
+
 
 # ---------------------------------------------------------------------------------------------
 # What methods are given
@@ -382,6 +387,12 @@ class Handle:
         if not self._removed:
             self._removed = True
             _remove(self.pipe, self.methods)
+
+    def report(self) -> dict[str, Any]:
+        """What the methods tell of the run that began last, by their class's name, of those that
+        tell something."""
+        told = {type(method).__name__: method.report() for method in self.methods}
+        return {name: one for name, one in told.items() if one is not None}
 
     def __enter__(self) -> Handle:
         return self

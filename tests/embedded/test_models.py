@@ -155,18 +155,24 @@ def test_color_writes_a_picture_a_figure_and_a_report(
     asked += ["--model", str(trained / "models" / "v1"), "--device", "cpu"]
     assert cli.main([*asked, "--palette", "#000000,#102030:2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.partition("\n{")[2].join(("{", "")))
-    assert report["sliced_w1"]["guided"] < report["sliced_w1"]["without"]
+    (guided,) = report["sliced_w1"]["guided"]
+    assert guided < report["sliced_w1"]["without"]
+    # By other directions.
+    assert report["distances"] == [pytest.approx(guided, rel=0.1)]
     assert [len(one) for one in report["losses"]] == [2, 2, 2]
-    dark = images.read(Path(report["picture"]))
+    assert report["pictures"] == ["color.png"]
+    dark = images.read(Path("color.png"))
     figure = images.read(Path(report["figure"]))
     assert dark.shape == (128, 128, 3)
     assert figure.shape[1] > figure.shape[0] > 500
     reference = torch.rand(16, 24, 3, generator=torch.Generator().manual_seed(0))
     images.write(images.quantize(reference), Path("photo.png"))
     more = ["--reference", "photo.png", "--output", "light.png", "--no-figure", "--quiet"]
-    assert cli.main([*asked, *more]) == 0
+    assert cli.main([*asked, *more, "--preset", "fast", "--batch", "2"]) == 0
     assert capsys.readouterr().out == ""
-    assert not images.read(Path("light.png")).equal(dark)
+    first, second = (images.read(Path(f"light-{number}.png")) for number in (1, 2))
+    assert not first.equal(dark)
+    assert not first.equal(second)
 
 
 @pytest.mark.parametrize(

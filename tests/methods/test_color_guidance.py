@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -147,6 +148,7 @@ def test_of_the_unets_gradient_and_without(tokens: Any, seed: int) -> None:
         {},
         {"unet_gradient": "frozen"},
         {"loss": "exact"},
+        {"loss": "published"},
         {"normalize_gradient": True, "learning_rate": 0.04},
     ],
     ids=str,
@@ -200,25 +202,32 @@ def test_what_a_graph_captures_is_the_same(
     options = {**FEW, "unet_gradient": unet_gradient}
     with sdcore.patch(pipe, ColorGuidance([PALETTE, PALETTE], **options)):
         wanted = pipelines.images(pipe, kind, num_images_per_prompt=2)
-    calls: list[Any] = []
-    real = color_guidance._Graphs.__call__
+    calls = {"moved_on": 0, "predicted": 0}
+
+    def count(name: str) -> Any:
+        real = getattr(color_guidance._Graphs, name)
+
+        def counted(self, *args):
+            calls[name] += 1
+            return real(self, *args)
+
+        return counted
+
+    for name in calls:
+        monkeypatch.setattr(color_guidance._Graphs, name, count(name))
 
     def prepare(self, state, call):
         before(self, state, call)
         state.graphs = self._graphs_of(call.run.pipe.unet, state.vae)
 
-    def counted(self, *args):
-        calls.append(args)
-        return real(self, *args)
-
     before = ColorGuidance._prepare
     monkeypatch.setattr(ColorGuidance, "_prepare", prepare)
-    monkeypatch.setattr(color_guidance._Graphs, "__call__", counted)
     guidance = ColorGuidance([PALETTE, PALETTE], **options)
     with sdcore.patch(pipe, guidance):
         found = pipelines.images(pipe, kind, num_images_per_prompt=2)
         assert len(guidance._graphs) == 1
-    assert len(calls) == FEW["inner_steps"] * len(guidance.losses)
+    steps = len(guidance.losses)
+    assert calls == {"moved_on": FEW["inner_steps"] * steps, "predicted": steps}
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert not guidance._graphs
 
@@ -228,16 +237,72 @@ def test_what_a_graph_captures_is_the_same(
 def test_graphs_on_a_gpu(tokens: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = pipelines.pipeline(family, "text-to-image", tokens).to("cuda")
+    strides = [weight.stride() for weight in pipe.unet.parameters()]
     found = []
     for graph in (False, True):
         guidance = ColorGuidance(PALETTE, **FEW, graph=graph)
-        with sdcore.patch(pipe, guidance):
+        with sdcore.patch(pipe, guidance) as handle:
             found.append(pipelines.images(pipe, "text-to-image"))
             if graph:
                 (kept,) = guidance._graphs.values()
-                assert kept.graphs.captures == 1
-                assert kept.graphs.replays == FEW["inner_steps"] * pipelines.STEPS
+                assert (kept.inner.captures, kept.prediction.captures) == (1, 1)
+                assert kept.inner.replays == FEW["inner_steps"] * pipelines.STEPS
+                assert kept.prediction.replays == pipelines.STEPS
+                assert [weight.stride() for weight in pipe.unet.parameters()] != strides
+            seconds = handle.report()["ColorGuidance"]["seconds"]
+            assert seconds["guidance"] > seconds["prediction"] > 0
+    assert [weight.stride() for weight in pipe.unet.parameters()] == strides
     torch.testing.assert_close(*found, rtol=0, atol=5e-3)
+
+
+def test_report(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    guidance = ColorGuidance(PALETTE, **FEW)
+    assert guidance.report() is None
+    with sdcore.patch(pipe, guidance) as handle:
+        assert handle.report() == {}
+        images = pipelines.images(pipe, "text-to-image")
+        told = handle.report()["ColorGuidance"]
+        pipelines.images(pipe, "text-to-image", output_type="latent")
+        assert handle.report()["ColorGuidance"]["distances"] is None
+    assert told["timesteps"] == [float(one) for one in pipe.scheduler.timesteps]
+    assert [len(some) for some in told["losses"]] == [FEW["inner_steps"]] * pipelines.STEPS
+    # By other directions, and of pixels rounded to 8 bits or not.
+    assert told["distances"] == pytest.approx(off(images).tolist(), rel=0.1)
+    *parts, total = told["seconds"].values()
+    assert all(one > 0 for one in parts)
+    assert 0.5 * total < sum(parts) < total
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_presets() -> None:
+    quality, fast = (ColorGuidance(PALETTE, preset=name) for name in ("quality", "fast"))
+    assert vars(ColorGuidance(PALETTE)).keys() == vars(quality).keys()
+    assert (quality.unet_gradient, quality.decode_scale) == ("full", 1.0)
+    assert (fast.unet_gradient, fast.decode_scale) == ("frozen", 0.5)
+    assert ColorGuidance(PALETTE, preset="fast", unet_gradient="full").unet_gradient == "full"
+    with pytest.raises(ValueError, match="preset must be one of quality, fast; got 'best'"):
+        ColorGuidance(PALETTE, preset="best")
+
+
+@pytest.mark.parametrize("weights", [None, [3, 1, 2]])
+def test_published_loss_is_the_exact_one_with_noise(weights: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 3, 40, 40, generator=generator, requires_grad=True)
+    palette = sdcore.Palette.from_colors(["#ff8800", "#220044", "#88ccee"], weights)
+    palettes = [(palette.colors, None if weights is None else palette.weights)]
+    directions = random_rotations(10, 3, generator=generator).flatten(0, 1)
+    drawn = [
+        color_guidance._losses(pictures, directions, palettes, "published", generator)
+        for _ in range(3)
+    ]
+    exact = color_guidance._losses(pictures, directions, palettes, "exact")
+    assert not drawn[0].equal(drawn[1])
+    for one in drawn:
+        torch.testing.assert_close(one, exact, rtol=0.02, atol=0)
+    grads = [torch.autograd.grad(one.sum(), pictures)[0] for one in (*drawn, exact)]
+    towards = [float(torch.cosine_similarity(one, grads[-1], 1).mean()) for one in grads[:-1]]
+    assert all(0.5 < one < 1 - 1e-3 for one in towards)
 
 
 # ---------------------------------------------------------------------------------------------
