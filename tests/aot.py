@@ -30,6 +30,8 @@ from triton.runtime.jit import JITFunction
 from sdcore.ops.layouts import joint
 from sdcore.triton_kernels import (
     chips,
+    clean_latents,
+    control_step,
     delta_combine,
     group_norm_silu,
     masked_cross_attention,
@@ -179,6 +181,30 @@ def run_delta(dtype: torch.dtype, size: int, types: Sequence[int], last: bool) -
     delta_combine.combine((out, None), *rest, 0.7, types, True, 2)
 
 
+def run_latents(dtype: torch.dtype, size: int, last: bool) -> None:
+    """A clean image of what a UNet says of the first channels of its input, and a step; ``last``:
+    the UNet's tensors are channels-last."""
+    format = torch.channels_last if last else torch.contiguous_format
+    wide, moved = (
+        torch.empty(size, 9, 128, 128, dtype=dtype, memory_format=format) for _ in range(2)
+    )
+    said, grad = (
+        torch.empty(size, 4, 128, 128, dtype=dtype, memory_format=format) for _ in range(2)
+    )
+    sample, out, u, stepped = wide[:, :4], *(torch.empty(size, 4, 128, 128) for _ in range(3))
+    level, channels = torch.empty(1).expand(size), torch.empty(4)
+    flat, wider = torch.empty(4, 4, 128, 128), torch.empty(4, 9, 128, 128)
+    numbers = level, level, channels
+    for kind in range(3):
+        places = joint([sample, said, out, flat])
+        clean_latents.clean(sample, said, out, *numbers, channels, kind, places)
+        clean_latents.backward(out, said, grad, *numbers, kind, joint([out, said, grad, flat]))
+    clean_latents.clean(sample, said, out, *numbers[:2], None, None, 0, places)
+    places = joint([u, grad, stepped, flat]), joint([wide, moved, wider])
+    for factors, rate in ((None, None), (level, level)):
+        control_step.step(u, grad, stepped, wide, moved, factors, rate, 0.5, places)
+
+
 def run_group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool, more: bool) -> None:
     """``more``: with a shift, a residual, and gradients to all."""
     format = torch.channels_last if last else torch.contiguous_format
@@ -232,6 +258,8 @@ def record(ptx: bool, chip: str) -> list[Launch]:
             run_sliced_wasserstein(*case)
         run_delta(torch.bfloat16, 1, (1, 0, 0), False)
         run_delta(torch.float16, 64, (0, 0, 0), True)
+        run_latents(torch.bfloat16, 1, False)
+        run_latents(torch.float16, 2, True)
         for last in (False, True):
             run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
         run_wide_attention(torch.bfloat16)
