@@ -91,6 +91,8 @@ def cases() -> Iterator[tuple[Any, ...]]:
     # One point in one direction: Triton makes ones constants.
     yield torch.float32, 3, 4096, 1, False, 1
     yield torch.float32, 3, 4096, 1, True, 65536, True
+    yield torch.bfloat16, 3, 4096, 1, False, 65536, True
+    yield torch.float64, 3, 4096, 1, False, 65536, True
     yield torch.float32, 3, 100, 1, False
     yield torch.float32, 2, 8192, 1, False
     yield torch.float32, 4, 65536, 1, False
@@ -110,15 +112,16 @@ def run_sliced_wasserstein(
     x, y = torch.empty(1, n, d, dtype=dtype), torch.empty(1, n, d, dtype=dtype)
     if planar:
         x, y = torch.empty(1, d, n, dtype=dtype).mT, torch.empty(1, 2 * d, n, dtype=dtype)[:, :d].mT
+    rescale = [0.5, 0.5, 0.0, 1.0] if planar else None
     count_l = min(32, n)
     directions = torch.empty(count_l, d, dtype=real)
     weights = torch.empty(1, n, dtype=torch.float64) if weighted else None
     values, table, _, edges = sliced_wasserstein.binned(
-        x, y, directions, weights, weights, p, bins, None
+        x, y, directions, weights, weights, p, bins, None, None
     )
-    sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges)
+    sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges, rescale)
     known = torch.empty(1, count_l, bins, dtype=torch.int64)
-    sliced_wasserstein.binned_to(x, known, directions, weights, p, [0.0, 1.0])
+    sliced_wasserstein.binned_to(x, known, directions, weights, p, [0.0, 1.0], rescale)
 
 
 def attention_cases(chip: str) -> Iterator[tuple[Any, ...]]:
