@@ -1191,12 +1191,13 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   if (work.rescale.on) {
     // Read again: there are no registers to remember in which coordinates were kept in bounds.
     const Clamped<Real>& by = numbers_of<Real>(work.rescale);
-    load<Real, D, P>(work.points, b, at, threads, x);
 #pragma unroll
     for (int j = 0; j < P; ++j) {
+      Real point[1][D];
+      load<Real, D, 1>(work.points, b, at + static_cast<int64_t>(j) * threads, 0, point);
 #pragma unroll
       for (int k = 0; k < D; ++k) {
-        const Real place = place_of(x[j][k], by);
+        const Real place = place_of(point[0][k], by);
         if (!(place >= by.low && place <= by.high)) sum[j][k] = 0;
       }
     }
