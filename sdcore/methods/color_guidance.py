@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdcore import graphs
 from sdcore.methods.fast_decoder import FastDecoder, is_offloaded
 from sdcore.methods.lora import plain
-from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.ops import clean_latents, random_rotations, sliced_wasserstein
 from sdcore.palette import Palette
 from sdcore.patching import Call, Method, Run
 
@@ -247,31 +247,33 @@ class ColorGuidance(Method):
         full = self.unet_gradient == "full"
         with torch.set_grad_enabled(full):
             x, said = ask(u)
-        said = said.float()
-        if full:
-            clean = _clean(kind, said, x[:, : said.shape[1]].float(), alpha, sigma)
-        else:
-            noise = _noise(kind, said, x[:, : said.shape[1]].float(), alpha, sigma).detach()
-            # Of a constant noise: x is what it was, and u what was added.
-            clean = (x[:, : said.shape[1]].detach() + (u - u.detach()) - sigma * noise) / alpha
-        loss = _losses(self._decoded(vae, fast, clean, scaling), directions, palettes, self.loss)
-        (grad,) = torch.autograd.grad(loss.sum(), u)
+        x, at = x[:, : said.shape[1]], u
+        if not full:
+            # Of a constant noise: the gradient to x is that to u.
+            x = at = x.detach().float().requires_grad_()
+            if kind != "epsilon":
+                said, kind = _noise(kind, said.float(), x.detach(), alpha, sigma), "epsilon"
+        scale, shift = (one.flatten().expand(x.shape[1]) for one in scaling)
+        latents = clean_latents(
+            x, said, alpha, sigma, prediction_type=kind, scale=scale, shift=shift,
+            dtype=vae.dtype if self.decode_scale == 1 else torch.float32,
+        )  # fmt: skip
+        loss = _losses(self._decoded(vae, fast, latents), directions, palettes, self.loss)
+        (grad,) = torch.autograd.grad(loss.sum(), at)
         if self.normalize_gradient:
-            grad = grad / grad.std((1, 2, 3), keepdim=True)
-        return u.detach() - rate * grad, loss.detach().mean()
+            # One launch each, as the other is.
+            moved = torch.addcdiv(u.detach(), grad, grad.std((1, 2, 3), keepdim=True), value=-rate)
+        else:
+            moved = torch.sub(u.detach(), grad, alpha=rate)
+        return moved, loss.detach().mean()
 
-    def _decoded(
-        self, vae: Any, fast: FastDecoder | None, clean: Tensor, scaling: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """[B, 3, H, W] in [0, 1]."""
-        factor, mean = scaling
-        latents = factor * clean + mean
+    def _decoded(self, vae: Any, fast: FastDecoder | None, latents: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1], or somewhat beyond, of the VAE's dtype."""
         if self.decode_scale != 1:
             size = [max(1, round(self.decode_scale * side)) for side in latents.shape[2:]]
             latents = F.interpolate(latents, size=size, mode="bilinear", antialias=True)
         with contextlib.nullcontext() if fast is None else fast.within(vae):
-            image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+            return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 class _Graphs:
@@ -329,24 +331,20 @@ def _losses(
     palettes: list[tuple[Tensor, Tensor | None]],
     method: str,
 ) -> Tensor:
-    """L of each picture."""
+    """L of each picture, as decoded: of [-1, 1]."""
+    if method == "exact":
+        pictures, options = (pictures.float() / 2 + 0.5).clamp(0, 1), {}
+    else:  # the same, as it is read
+        options = {"value_range": (0.0, 1.0), "rescale": (0.5, 0.5)}
     pixels = pictures.flatten(2).mT
     groups = [pixels] if len(palettes) == 1 else pixels.split(1)
     found = [
         sliced_wasserstein(
-            some, colors, directions=directions, weights_y=weights, method=method,
-            value_range=(0.0, 1.0) if method == "binned" else None,
+            some, colors, directions=directions, weights_y=weights, method=method, **options
         )
         for some, (colors, weights) in zip(groups, palettes, strict=True)
     ]  # fmt: skip
     return 3 * torch.cat(found)
-
-
-def _clean(kind: str, said: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What is left of x without the noise, as the UNet says it."""
-    if kind == "epsilon":
-        return (x - sigma * said) / alpha
-    return alpha * x - sigma * said if kind == "v_prediction" else said
 
 
 def _noise(kind: str, said: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from sdcore.embedded import load
 from sdcore.images import ImageError
 from sdcore.methods import color_guidance
 from sdcore.methods.color_guidance import ColorGuidance, frozen
-from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.ops import clean_latents, random_rotations, sliced_wasserstein
 from tests import pipelines
 
 PALETTE = sdcore.Palette.from_colors(["#ff8800", "#220044", "#88ccee"], [3, 1, 2])
@@ -116,7 +116,7 @@ def test_noise_and_what_it_lies_on(kind: str) -> None:
     x = alpha * clean + sigma * noise
     said = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[kind]
     found = (
-        color_guidance._clean(kind, said, x, alpha, sigma),
+        clean_latents(x, said, alpha, sigma, prediction_type=kind),
         color_guidance._noise(kind, said, x, alpha, sigma),
     )
     for a, b in zip(found, (clean, noise), strict=True):
