@@ -44,7 +44,9 @@ Points = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, sh
 Directions = tuple[int, int]  # address, count
 Ends = tuple[str, int, float, float]  # "found" or "given", address; "box", 0, low, high
 Histograms = tuple[int, int, int, int, int]  # masses, totals, bits, pitch, chunks
-Side = tuple[Points, int, Histograms, int, int, int]  # weights; first chunk, chunks, group
+Rescale = tuple[float, float, float, float] | None  # factor, offset, low, high
+# weights; first chunk, chunks, group
+Side = tuple[Points, Rescale, int, Histograms, int, int, int]
 Place = tuple[int, int]  # device, stream
 
 sliced_wasserstein_part: int
@@ -99,6 +101,7 @@ def sliced_wasserstein_gather(
     grad: int,
     grad_stride: tuple[int, int],
     points: Points,
+    rescale: Rescale,
     directions: Directions,
     weights: int,
     mass: float,

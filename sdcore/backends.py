@@ -91,6 +91,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced() -> str | None:
+    """The backend that was asked for, if one was."""
+    return _forced
+
+
 def run(op: str, *args: Any) -> Any:
     """Run the flat op ``op`` on the backend that its arguments and the caller's wish select."""
     return choose(op, *args).run(*args)

@@ -26,7 +26,7 @@ from sdcore.methods.lora import LoRA
 from sdcore.methods.region_attention import Region, RegionAttention
 from sdcore.ops import random_rotations, sliced_wasserstein
 from sdcore.palette import Palette
-from sdcore.patching import patch
+from sdcore.patching import FOLLOWS_SAMPLE, patch
 from sdcore.recolor import DIRECTIONS, STEPS, recolor
 
 EMBEDDED = "embedded:"  # before the name of a model that comes with the package
@@ -417,6 +417,7 @@ def _color(args: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pipe = _loaded(args.model, args, device)
+    _follow_moves(pipe, args)
     guidance = ColorGuidance(
         palette, preset=args.preset, inner_steps=args.inner, seed=args.seed % (1 << 63)
     )
@@ -447,6 +448,18 @@ def _color(args: argparse.Namespace) -> None:
         print(f"{args.steps} steps in {seconds:.1f} s; without guidance sliced W1 is {before:.4f}")
         if args.figure is not None:
             print(f"{args.figure}: the pictures, their colors, and how they came closer")
+
+
+def _follow_moves(pipe: Any, args: argparse.Namespace) -> None:
+    """Models of Stable Diffusion 1 come with PNDM, which steps from samples that it kept."""
+    from diffusers import DDIMScheduler
+
+    before = type(pipe.scheduler)
+    if FOLLOWS_SAMPLE & {one.__name__ for one in before.__mro__}:
+        return
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    if not args.quiet and not args.json:
+        print(f"DDIM steps in the place of {before.__name__}, which does not follow the guidance")
 
 
 def _listed(text: str) -> Palette:
@@ -606,12 +619,13 @@ def _adapted(args: argparse.Namespace, source: Any, shown: Tensor | None) -> Any
 
 
 def _loaded(model: str, args: argparse.Namespace, device: torch.device) -> Any:
-    if args.quiet:
+    if args.quiet or getattr(args, "json", False):
         _hide_progress()
     start = time.perf_counter()
     pipe = _pipeline(model, device)
-    pipe.set_progress_bar_config(disable=args.quiet)
-    if not args.quiet:
+    silent = args.quiet or getattr(args, "json", False)
+    pipe.set_progress_bar_config(disable=silent)
+    if not silent:
         print(f"{model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
     return pipe
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcore import backends
+
 _log = logging.getLogger("sdcore")
 
 # In which of several ways the modules in a function compute at this moment, to those who change it.
@@ -452,12 +454,23 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _precisions() -> Hashable:
+    """Of float32's products and convolutions."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # they were set by the newer names
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+
 def _modes() -> Hashable:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
+        _precisions(),
+        torch.are_deterministic_algorithms_enabled(),
+        backends.forced(),
         variant.get(),
     )
 

@@ -58,6 +58,9 @@ class Method:
     moves_sample = False
     #: It differentiates. Runs within ``torch.inference_mode``, which rules that out, are refused.
     needs_gradients = False
+    #: It asks other models about the sample as it comes in, or knows its rows. One that moves the
+    #: sample must then lie further out.
+    inside_moves = False
     #: Whether a pipeline may have several of this class.
     repeatable = False
     #: What only one of a pipeline's methods can do, such as "masks the cross-attention"; two that
@@ -494,6 +497,11 @@ def _check_new(methods: tuple[Method, ...], present: tuple[Method, ...]) -> None
         if not method.repeatable and any(type(one) is type(method) for one in there):
             raise ValueError(f"a {name} is on it already; remove it first")
         for one in there:
+            if method.inside_moves and one.moves_sample:
+                raise ValueError(
+                    f"{name} must lie further in than {type(one).__name__}, which moves the "
+                    "sample: put it on before"
+                )
             if method.claims is not None and one.claims == method.claims:
                 raise ValueError(
                     f"a {type(one).__name__} is on it, which {one.claims} as {name} does; only one "

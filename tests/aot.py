@@ -30,6 +30,8 @@ from triton.runtime.jit import JITFunction
 from sdcore.ops.layouts import joint
 from sdcore.triton_kernels import (
     chips,
+    clean_latents,
+    control_step,
     delta_combine,
     group_norm_silu,
     masked_cross_attention,
@@ -89,6 +91,8 @@ def cases() -> Iterator[tuple[Any, ...]]:
     # One point in one direction: Triton makes ones constants.
     yield torch.float32, 3, 4096, 1, False, 1
     yield torch.float32, 3, 4096, 1, True, 65536, True
+    yield torch.bfloat16, 3, 4096, 1, False, 65536, True
+    yield torch.float64, 3, 4096, 1, False, 65536, True
     yield torch.float32, 3, 100, 1, False
     yield torch.float32, 2, 8192, 1, False
     yield torch.float32, 4, 65536, 1, False
@@ -108,15 +112,16 @@ def run_sliced_wasserstein(
     x, y = torch.empty(1, n, d, dtype=dtype), torch.empty(1, n, d, dtype=dtype)
     if planar:
         x, y = torch.empty(1, d, n, dtype=dtype).mT, torch.empty(1, 2 * d, n, dtype=dtype)[:, :d].mT
+    rescale = [0.5, 0.5, 0.0, 1.0] if planar else None
     count_l = min(32, n)
     directions = torch.empty(count_l, d, dtype=real)
     weights = torch.empty(1, n, dtype=torch.float64) if weighted else None
     values, table, _, edges = sliced_wasserstein.binned(
-        x, y, directions, weights, weights, p, bins, None
+        x, y, directions, weights, weights, p, bins, None, None
     )
-    sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges)
+    sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges, rescale)
     known = torch.empty(1, count_l, bins, dtype=torch.int64)
-    sliced_wasserstein.binned_to(x, known, directions, weights, p, [0.0, 1.0])
+    sliced_wasserstein.binned_to(x, known, directions, weights, p, [0.0, 1.0], rescale)
 
 
 def attention_cases(chip: str) -> Iterator[tuple[Any, ...]]:
@@ -179,6 +184,30 @@ def run_delta(dtype: torch.dtype, size: int, types: Sequence[int], last: bool) -
     delta_combine.combine((out, None), *rest, 0.7, types, True, 2)
 
 
+def run_latents(dtype: torch.dtype, size: int, last: bool) -> None:
+    """A clean image of what a UNet says of the first channels of its input, and a step; ``last``:
+    the UNet's tensors are channels-last."""
+    format = torch.channels_last if last else torch.contiguous_format
+    wide, moved = (
+        torch.empty(size, 9, 128, 128, dtype=dtype, memory_format=format) for _ in range(2)
+    )
+    said, grad = (
+        torch.empty(size, 4, 128, 128, dtype=dtype, memory_format=format) for _ in range(2)
+    )
+    sample, out, u, stepped = wide[:, :4], *(torch.empty(size, 4, 128, 128) for _ in range(3))
+    level, channels = torch.empty(1).expand(size), torch.empty(4)
+    flat, wider = torch.empty(4, 4, 128, 128), torch.empty(4, 9, 128, 128)
+    numbers = level, level, channels
+    for kind in range(3):
+        places = joint([sample, said, out, flat])
+        clean_latents.clean(sample, said, out, *numbers, channels, kind, places)
+        clean_latents.backward(out, said, grad, *numbers, kind, joint([out, said, grad, flat]))
+    clean_latents.clean(sample, said, out, *numbers[:2], None, None, 0, places)
+    places = joint([u, grad, stepped, flat]), joint([wide, moved, wider])
+    for factors, rate in ((None, None), (level, level)):
+        control_step.step(u, grad, stepped, wide, moved, factors, rate, 0.5, places)
+
+
 def run_group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool, more: bool) -> None:
     """``more``: with a shift, a residual, and gradients to all."""
     format = torch.channels_last if last else torch.contiguous_format
@@ -232,6 +261,8 @@ def record(ptx: bool, chip: str) -> list[Launch]:
             run_sliced_wasserstein(*case)
         run_delta(torch.bfloat16, 1, (1, 0, 0), False)
         run_delta(torch.float16, 64, (0, 0, 0), True)
+        run_latents(torch.bfloat16, 1, False)
+        run_latents(torch.float16, 2, True)
         for last in (False, True):
             run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
         run_wide_attention(torch.bfloat16)

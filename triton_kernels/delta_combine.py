@@ -16,31 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sdcore.triton_kernels import chips
+from sdcore.triton_kernels.samples import number, offsets, put, read, row, steps
 
 # Values of one program. At (1, 4, 128, 128) it has to fill the chip, at larger ones its latency has
 # to be hidden: each thread then has eight.
 SMALL_BLOCK, BLOCK, WARPS = 256, 1024, 4
 FEW = 1 << 20  # values up to which blocks are small
 SUMS_BLOCK, MOST_CHUNKS = 2048, 128  # of a sample, in the first launch of a rescaling
-MOST_SPAN = 2**31  # of a sample's values in memory: offsets within it are 32 bits
-
-
-@triton.jit
-def _sample(ALONE: tl.constexpr):
-    """Which one a program works on; of one alone addresses are known sooner."""
-    if ALONE:
-        return 0
-    else:
-        return tl.program_id(1).to(tl.int64)
-
-
-@triton.jit
-def _number(pointer, stride, b, otherwise):
-    """A sample's, of a tensor that may be absent."""
-    if pointer is None:
-        return otherwise
-    else:
-        return tl.load(pointer + b * stride).to(tl.float32)
 
 
 @triton.jit
@@ -104,33 +86,10 @@ def _sample_slopes(
 ):  # fmt: skip
     """The slopes of sample b."""
     return _slopes(
-        _number(alpha, step_a, b, 1.0), _number(sigma, step_s, b, 1.0),
-        _number(next_alpha, step_na, b, 1.0), _number(next_sigma, step_ns, b, 1.0),
-        strength * _number(strengths, step_l, b, 1.0), T, S, A, OUTPUT,
+        number(alpha, step_a, b, 1.0), number(sigma, step_s, b, 1.0),
+        number(next_alpha, step_na, b, 1.0), number(next_sigma, step_ns, b, 1.0),
+        strength * number(strengths, step_l, b, 1.0), T, S, A, OUTPUT,
     )  # fmt: skip
-
-
-@triton.jit
-def _offsets(i, LAYOUT: tl.constexpr, WHICH: tl.constexpr):
-    """Where the i-th value of a sample is in tensor WHICH. LAYOUT: the sizes of the axes, and for
-    each tensor its strides; empty where all lie alike and without gaps."""
-    if len(LAYOUT) == 0:
-        return i
-    else:
-        rest = i
-        out = 0 * i
-        for axis in tl.static_range(len(LAYOUT[0]) - 1, -1, -1):
-            if axis > 0:
-                out += rest % LAYOUT[0][axis] * LAYOUT[1 + WHICH][axis]
-                rest = rest // LAYOUT[0][axis]
-            else:
-                out += rest * LAYOUT[1 + WHICH][axis]
-        return out
-
-
-@triton.jit
-def _read(pointer, stride, b, i, inside, LAYOUT: tl.constexpr, WHICH: tl.constexpr):
-    return tl.load(pointer + b * stride + _offsets(i, LAYOUT, WHICH), inside, 0).to(tl.float32)
 
 
 @triton.jit
@@ -138,13 +97,13 @@ def _branch(
     target, source, adapted, state, stride_t, stride_s, stride_a, stride_x, b, i, inside,
     to_source, to_adapted, to_state, LAYOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    value = _read(target, stride_t, b, i, inside, LAYOUT, SIDE)
+    value = read(target, stride_t, b, i, inside, LAYOUT, SIDE)
     if source is not None:
-        of_source = _read(source, stride_s, b, i, inside, LAYOUT, 2 + SIDE)
-        of_adapted = _read(adapted, stride_a, b, i, inside, LAYOUT, 4 + SIDE)
+        of_source = read(source, stride_s, b, i, inside, LAYOUT, 2 + SIDE)
+        of_adapted = read(adapted, stride_a, b, i, inside, LAYOUT, 4 + SIDE)
         if state is not None:
             value += to_adapted * of_adapted + to_source * of_source
-            value += to_state * _read(state, stride_x, b, i, inside, LAYOUT, 7)
+            value += to_state * read(state, stride_x, b, i, inside, LAYOUT, 7)
         else:  # of equal ones the difference is zero
             value += to_adapted * (of_adapted - of_source)
     return value
@@ -173,11 +132,11 @@ def _sums(
 ):  # fmt: skip
     """Of a part of a sample: number, mean and squares about it, of the conditional branch and of
     the guided prediction."""
-    b, chunk = _sample(ALONE), tl.program_id(0)
+    b, chunk = row(ALONE), tl.program_id(0)
     to_source, to_adapted, to_state, _, _ = _sample_slopes(
         alpha, sigma, None, None, strengths, step_a, step_s, 0, 0, step_l, strength, b, T, S, A, 0
     )
-    g = guidance * _number(guidances, step_g, b, 1.0)
+    g = guidance * number(guidances, step_g, b, 1.0)
     count, mean, square = 0.0, 0.0, 0.0
     count_p, mean_p, square_p = 0.0, 0.0, 0.0
     for first in range(chunk * length, tl.minimum((chunk + 1) * length, n), BLOCK):
@@ -219,7 +178,7 @@ def _combine(
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, GUIDED: tl.constexpr, OUTPUT: tl.constexpr,
     ALONE: tl.constexpr, LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = _sample(ALONE)
+    b = row(ALONE)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
@@ -232,19 +191,19 @@ def _combine(
     )  # fmt: skip
     moved = 0.0
     if OUTPUT > 0:
-        moved = to_sample * _read(sample, stride_x, b, i, inside, LAYOUT, 6)
-    at = out + b * stride_o + _offsets(i, LAYOUT, 8)
+        moved = to_sample * read(sample, stride_x, b, i, inside, LAYOUT, 6)
+    at = out + b * stride_o + offsets(i, LAYOUT, 8)
     if target_u is not None:
         u = _branch(
             target_u, source_u, adapted_u, state, stride_tu, stride_su, stride_au, stride_st, b, i,
             inside, to_source, to_adapted, to_state, LAYOUT, 1,
         )  # fmt: skip
         if GUIDED:
-            c = u + guidance * _number(guidances, step_g, b, 1.0) * (c - u)
+            c = u + guidance * number(guidances, step_g, b, 1.0) * (c - u)
         elif OUTPUT > 0:
-            tl.store(out_u + b * stride_o + _offsets(i, LAYOUT, 8), to_p * u + moved, inside)
+            tl.store(out_u + b * stride_o + offsets(i, LAYOUT, 8), to_p * u + moved, inside)
         else:
-            tl.store(out_u + b * stride_o + _offsets(i, LAYOUT, 8), u, inside)
+            tl.store(out_u + b * stride_o + offsets(i, LAYOUT, 8), u, inside)
     if sums is not None:
         part = tl.arange(0, CHUNKS)
         there = part < chunks
@@ -259,12 +218,6 @@ def _combine(
 
 
 @triton.jit
-def _put(pointer, stride, b, i, inside, value, LAYOUT: tl.constexpr, WHICH: tl.constexpr):
-    if pointer is not None:
-        tl.store(pointer + b * stride + _offsets(i, LAYOUT, WHICH), value, inside)
-
-
-@triton.jit
 def _combine_backward(
     grad, grad_u, target, target_u, source, source_u, adapted, adapted_u, sample, state,
     alpha, sigma, next_alpha, next_sigma, strengths, guidances,
@@ -273,21 +226,21 @@ def _combine_backward(
     T: tl.constexpr, S: tl.constexpr, A: tl.constexpr, GUIDED: tl.constexpr, OUTPUT: tl.constexpr,
     DELTA_U: tl.constexpr, ALONE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = _sample(ALONE)
+    b = row(ALONE)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     to_source, to_adapted, to_state, to_p, to_sample = _sample_slopes(
         alpha, sigma, next_alpha, next_sigma, strengths, step_a, step_s, step_na, step_ns, step_l,
         strength, b, T, S, A, OUTPUT,
     )  # fmt: skip
-    of_c = _read(grad, stride_g, b, i, inside, LAYOUT, 8)
+    of_c = read(grad, stride_g, b, i, inside, LAYOUT, 8)
     of_u = tl.zeros_like(of_c)
     if grad_u is not None:
-        of_u = _read(grad_u, stride_g, b, i, inside, LAYOUT, 8)
-    _put(sample, stride_x, b, i, inside, to_sample * (of_c + of_u), LAYOUT, 6)
+        of_u = read(grad_u, stride_g, b, i, inside, LAYOUT, 8)
+    put(sample, stride_x, b, i, inside, to_sample * (of_c + of_u), LAYOUT, 6)
     of_c, of_u = to_p * of_c, to_p * of_u
     if GUIDED:
-        g = guidance * _number(guidances, step_g, b, 1.0)
+        g = guidance * number(guidances, step_g, b, 1.0)
         weight = g
         if DELTA_U:
             weight = 1.0  # the sum of g and 1 - g, in which both branches would cancel
@@ -297,36 +250,17 @@ def _combine_backward(
         of_state = of_c
         if DELTA_U:
             of_state += of_u
-    _put(target, stride_t, b, i, inside, of_c, LAYOUT, 0)
-    _put(target_u, stride_tu, b, i, inside, of_u, LAYOUT, 1)
-    _put(source, stride_s, b, i, inside, to_source * of_c, LAYOUT, 2)
-    _put(source_u, stride_su, b, i, inside, to_source * of_u, LAYOUT, 3)
-    _put(adapted, stride_a, b, i, inside, to_adapted * of_c, LAYOUT, 4)
-    _put(adapted_u, stride_au, b, i, inside, to_adapted * of_u, LAYOUT, 5)
-    _put(state, stride_st, b, i, inside, to_state * of_state, LAYOUT, 7)
+    put(target, stride_t, b, i, inside, of_c, LAYOUT, 0)
+    put(target_u, stride_tu, b, i, inside, of_u, LAYOUT, 1)
+    put(source, stride_s, b, i, inside, to_source * of_c, LAYOUT, 2)
+    put(source_u, stride_su, b, i, inside, to_source * of_u, LAYOUT, 3)
+    put(adapted, stride_a, b, i, inside, to_adapted * of_c, LAYOUT, 4)
+    put(adapted_u, stride_au, b, i, inside, to_adapted * of_u, LAYOUT, 5)
+    put(state, stride_st, b, i, inside, to_state * of_state, LAYOUT, 7)
 
 
 # ---------------------------------------------------------------------------------------------
 # Launchers
-
-
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Why these kernels can't take the tensors; None if they can."""
-    for one in tensors:
-        if one is None:
-            continue
-        if one.dtype == torch.float64:
-            return "it takes no float64"
-        span = sum(
-            (size - 1) * step for size, step in zip(one.shape[1:], one.stride()[1:], strict=True)
-        )
-        if span >= MOST_SPAN:
-            return "a sample's values span 2^31 places in memory or more"
-    return None
-
-
-def _steps(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if one is None else one.stride(0) for one in tensors]
 
 
 def _block(values: int) -> int:
@@ -360,12 +294,12 @@ def combine(
             sums = target.new_empty((rows, chunks, 5), dtype=torch.float32)
             predictions, few = [*parts[:6], parts[7]], [*scalars[:2], *scalars[4:]]
             _sums[(chunks, rows)](
-                *predictions, sums, *few, *_steps(predictions), *_steps(few), strength, guidance,
+                *predictions, sums, *few, *steps(predictions), *steps(few), strength, guidance,
                 n, triton.cdiv(n, chunks), **kinds, LAYOUT=places, BLOCK=SUMS_BLOCK, num_warps=8,
             )  # fmt: skip
         block = _block(rows * n)
         _combine[(triton.cdiv(n, block), rows)](
-            *parts, *halves, sums, *scalars, *_steps([*parts, halves[0]]), *_steps(scalars),
+            *parts, *halves, sums, *scalars, *steps([*parts, halves[0]]), *steps(scalars),
             strength, guidance, rescale, n, chunks, **kinds, GUIDED=guided, OUTPUT=output,
             LAYOUT=places, CHUNKS=MOST_CHUNKS, BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
@@ -393,7 +327,7 @@ def backward(
     block = _block(rows * n)
     with chips.on(like):
         _combine_backward[(triton.cdiv(n, block), rows)](
-            *halves, *found, *scalars, *_steps([halves[0], *found]), *_steps(scalars), strength,
+            *halves, *found, *scalars, *steps([halves[0], *found]), *steps(scalars), strength,
             guidance, n, **dict(zip("TSA", types, strict=True)), GUIDED=guided, OUTPUT=output,
             DELTA_U=delta_u, ALONE=rows == 1, LAYOUT=places, BLOCK=block, num_warps=WARPS,
         )  # fmt: skip

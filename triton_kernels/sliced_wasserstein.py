@@ -5,7 +5,9 @@ and one program per direction that solves the transport problem between the two 
 writes the tables of slopes. Backward: each point finds its bin again and adds up table entries.
 The formulas are in sdcore/ops/sliced_wasserstein.py.
 
-Points are read in any strides and dtype; arithmetic is that of ``directions``.
+Points are read in any strides and dtype; arithmetic is that of ``directions``. With ``rescale``,
+(times, plus, low, high), points of up to four coordinates are taken as times · x + plus, kept from
+low to high: x itself is neither copied nor read another time.
 """
 
 from __future__ import annotations
@@ -63,9 +65,35 @@ SOLVE_WARPS = 8
 
 
 @triton.jit
+def _taken(x, times, plus, low, high, RESCALED: tl.constexpr):
+    """A coordinate as it counts: times · x + plus, kept from low to high; NaN stays."""
+    if RESCALED:
+        place = _rescaled(x, times, plus)
+        lowest, highest = tl.full([], low, x.dtype), tl.full([], high, x.dtype)
+        return tl.where(place < lowest, lowest, tl.where(place > highest, highest, place))
+    else:
+        return x
+
+
+@triton.jit
+def _rescaled(x, times, plus):
+    """Written as one fused operation, so that it rounds alike in all kernels."""
+    return tl.fma(x, tl.full([], times, x.dtype), tl.full([], plus, x.dtype))
+
+
+@triton.jit
+def _passes_on(x, times, plus, low, high):
+    """Whether a gradient to a coordinate as it counts is one to x: one where it was not moved to an
+    end, else zero."""
+    place = _rescaled(x, times, plus)
+    lowest, highest = tl.full([], low, x.dtype), tl.full([], high, x.dtype)
+    return ((place >= lowest) & (place <= highest)).to(tl.int32)
+
+
+@triton.jit
 def _projections(
-    points, directions, b, dirs, rows, inside, sb, sn, sd,
-    D: tl.constexpr, PROJECTED: tl.constexpr,
+    points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, low, high,
+    D: tl.constexpr, PROJECTED: tl.constexpr, RESCALED: tl.constexpr,
 ):  # fmt: skip
     """Projections [directions, points] of the points ``rows`` to the directions ``dirs``.
 
@@ -81,6 +109,7 @@ def _projections(
         valid = tl.max(inside.to(tl.int32), 0)[None, :] > 0
         for k in tl.static_range(D):
             x = tl.load(at + k * sd, mask=valid, other=0.0).to(REAL)
+            x = _taken(x, times, plus, low, high, RESCALED)
             value += x * tl.load(directions + dirs * D + k)[:, None]
     return value
 
@@ -212,8 +241,9 @@ def range_kernel(
 @triton.jit
 def histogram_kernel(
     points, directions, weights, edges, histogram, poison, n, first, count_n, count_l, blocks,
-    sb, sn, sd, bins,
-    D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
+    sb, sn, sd, bins, times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    D: tl.constexpr, PROJECTED: tl.constexpr, RESCALED: tl.constexpr, DIRECTIONS: tl.constexpr,
+    POINTS: tl.constexpr,
 ):  # fmt: skip
     """Adds points to histogram[b, direction]; marks poison[b, direction] if one is not finite.
 
@@ -226,7 +256,10 @@ def histogram_kernel(
     known = dirs < count_l
     dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
-    value = _projections(points, directions, b, dirs, rows, inside, sb, sn, sd, D, PROJECTED)
+    value = _projections(
+        points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, low, high,
+        D, PROJECTED, RESCALED,
+    )  # fmt: skip
     slot = b.to(tl.int64) * count_l + dirs
     scale, offset = _scale(edges, slot, bins)
     index = _bins(value, scale[:, None], offset[:, None], bins)
@@ -307,9 +340,9 @@ def _line(directions, edges, slot, number, counters, bins, D: tl.constexpr):
 @triton.jit(do_not_specialize=["sn", "sw"])
 def shared_histogram_kernel(
     points, directions, weights, edges, histogram, poison, n, count_l, chunks, each,
-    sb, sn, sd, sw, bins,
-    D: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, POINTS: tl.constexpr,
-    STEP: tl.constexpr,
+    sb, sn, sd, sw, bins, times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    D: tl.constexpr, RESCALED: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr,
+    POINTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """What histogram_kernel does, in the shared memory of an NVIDIA chip, for 32-bit numbers.
 
@@ -347,6 +380,10 @@ def shared_histogram_kernel(
     for start in range(0, count, POINTS):
         valid = rows < count - start
         x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
+        x0 = _taken(x0, times, plus, low, high, RESCALED)
+        x1 = _taken(x1, times, plus, low, high, RESCALED)
+        x2 = _taken(x2, times, plus, low, high, RESCALED)
+        x3 = _taken(x3, times, plus, low, high, RESCALED)
         points += POINTS * sn.to(tl.int64)
         if weights is not None:
             weight = tl.load(weights, mask=valid, other=0.0)
@@ -387,7 +424,9 @@ def shared_histogram_kernel(
         if weights is None:
             # What was read past the end of the chunk were zeros, which don't count.
             theta0, theta1, theta2, theta3, scale, offset, counters = lines[7 * g : 7 * g + 7]
-            bin_of_zero = _bins(theta0 * 0.0, scale, offset, bins)
+            zero = _taken(theta0 * 0.0, times, plus, low, high, RESCALED)
+            value = _dot(zero, zero, zero, zero, theta0, theta1, theta2, theta3, D)
+            bin_of_zero = _bins(value, scale, offset, bins)
             extra = tl.cdiv(count, POINTS) * POINTS - count
             tl.atomic_add(
                 target + g * bins + bin_of_zero, -extra, mask=(g < here) & (extra > 0),
@@ -587,7 +626,9 @@ def _await_copies(OPEN: tl.constexpr):
 def backward_kernel(
     grad, points, directions, weights, table, edges, out, n, count_l, blocks,
     sb, sn, sd, ob, on, od, sw, bins,
-    D: tl.constexpr, TABLES: tl.constexpr, CHUNKS: tl.constexpr, POINTS: tl.constexpr,
+    times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    D: tl.constexpr, RESCALED: tl.constexpr, TABLES: tl.constexpr, CHUNKS: tl.constexpr,
+    POINTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of points of up to four coordinates, summed over all directions.
 
@@ -602,6 +643,19 @@ def backward_kernel(
     REAL: tl.constexpr = directions.dtype.element_ty
     points += b * sb + rows.to(tl.int64) * sn
     x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
+    if RESCALED:
+        # A bit for each coordinate: one register, where they would take as many as there are.
+        passing = _passes_on(x0, times, plus, low, high)
+        if D > 1:
+            passing |= _passes_on(x1, times, plus, low, high) << 1
+        if D > 2:
+            passing |= _passes_on(x2, times, plus, low, high) << 2
+        if D > 3:
+            passing |= _passes_on(x3, times, plus, low, high) << 3
+        x0 = _taken(x0, times, plus, low, high, RESCALED)
+        x1 = _taken(x1, times, plus, low, high, RESCALED)
+        x2 = _taken(x2, times, plus, low, high, RESCALED)
+        x3 = _taken(x3, times, plus, low, high, RESCALED)
     sum0 = tl.zeros([POINTS], REAL)
     sum1 = sum0
     sum2 = sum0
@@ -621,7 +675,8 @@ def backward_kernel(
         theta0, theta1, theta2, theta3 = _direction(directions + number * D, D)
         scale, offset = _scale(edges, slot, bins)
         pull = tl.load(grad + slot)
-        index = _bins(_dot(x0, x1, x2, x3, theta0, theta1, theta2, theta3, D), scale, offset, bins)
+        value = _dot(x0, x1, x2, x3, theta0, theta1, theta2, theta3, D)
+        index = _bins(value, scale, offset, bins)
         if TABLES:
             _await_copies(TABLES - 2)
             # This table is complete, and nobody reads the one before it any more.
@@ -649,6 +704,12 @@ def backward_kernel(
         mass = tl.load(weights, mask=valid, other=0.0).to(REAL)
     else:
         mass = 1.0 / tl.full([], n, REAL)  # n = 1 is a constant, without .to
+    if RESCALED:
+        mass *= tl.full([], times, REAL)
+        sum0 = tl.where((passing & 1) != 0, sum0, 0.0)
+        sum1 = tl.where((passing & 2) != 0, sum1, 0.0)
+        sum2 = tl.where((passing & 4) != 0, sum2, 0.0)
+        sum3 = tl.where((passing & 8) != 0, sum3, 0.0)
     at = out + b * ob + rows.to(tl.int64) * on
     kind: tl.constexpr = out.dtype.element_ty
     tl.store(at, (sum0 * mass).to(kind), mask=valid)
@@ -673,7 +734,10 @@ def slope_kernel(
     known = dirs < count_l
     dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
-    value = _projections(projections, directions, b, dirs, rows, inside, sb, 1, sl, 1, True)
+    value = _projections(
+        projections, directions, b, dirs, rows, inside, sb, 1, sl, 0.0, 0.0, 0.0, 0.0,
+        1, True, False,
+    )  # fmt: skip
     slot = b.to(tl.int64) * count_l + dirs
     scale, offset = _scale(edges, slot, bins)
     index = _bins(value, scale[:, None], offset[:, None], bins)
@@ -692,6 +756,7 @@ def binned(
     p: int,
     bins: int,
     value_range: list[float] | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [B, L], tables [B, L, bins] of x and y, edges [B, L, 2], as the op defines them."""
     batch, count_l = x.shape[0], directions.shape[0]
@@ -707,8 +772,8 @@ def binned(
                 _widen(edges, points, directions)
         poison = torch.zeros(batch, count_l, dtype=torch.int32, device=x.device)
         histograms = [
-            _histogram(points, directions, weights, edges, poison, bins)
-            for points, weights in ((x, weights_x), (y, weights_y))
+            _histogram(points, directions, weights, edges, poison, bins, taken)
+            for points, weights, taken in ((x, weights_x, rescale), (y, weights_y, None))
         ]
         solve = _solve_1 if p == 1 else _solve_2
         solve(histograms, edges, poison, values, tables, bins)
@@ -730,7 +795,7 @@ def histogram(
     with chips.on(points):
         edges = _edges(directions, value_range, batch)
         poison = torch.zeros(batch, count_l, dtype=torch.int32, device=points.device)
-        masses = _histogram(points, directions, weights, edges, poison, bins)
+        masses = _histogram(points, directions, weights, edges, poison, bins, None)
     return torch.where(poison[..., None] != 0, -1, masses.long())
 
 
@@ -741,6 +806,7 @@ def binned_to(
     weights_x: Tensor | None,
     p: int,
     value_range: list[float],
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values [B, L], table of x [B, L, bins] and edges, against a histogram [B or 1, L, bins]."""
     batch, (count_l, bins) = x.shape[0], histogram_y.shape[1:]
@@ -753,7 +819,7 @@ def binned_to(
         edges = _edges(directions, value_range, batch)
         masses_y = histogram_y.expand(batch, -1, -1).contiguous()
         poison = (masses_y[..., 0] < 0).to(torch.int32).contiguous()
-        masses_x = _histogram(x, directions, weights_x, edges, poison, bins)
+        masses_x = _histogram(x, directions, weights_x, edges, poison, bins, rescale)
         solve = _solve_1 if p == 1 else _solve_2
         solve([masses_x, masses_y], edges, poison, values, tables, bins)
     return values, tables[0], edges
@@ -766,6 +832,7 @@ def binned_backward(
     weights: Tensor | None,
     table: Tensor,
     edges: Tensor,
+    rescale: list[float] | None,
 ) -> Tensor:
     """The gradient to ``points``, in their dtype and, where dense, their strides."""
     out = torch.empty_like(points)
@@ -786,8 +853,8 @@ def binned_backward(
             backward_kernel[(blocks * batch,)](
                 grad, points, directions, None if weights is None else weights.contiguous(),
                 table, edges, out, n, count_l, blocks, *points.stride(), *out.stride(), 1, bins,
-                D=d, TABLES=tables, POINTS=long, num_warps=warps,
-                CHUNKS=_chunks(bins),
+                *_numbers(rescale), D=d, RESCALED=rescale is not None, TABLES=tables,
+                POINTS=long, num_warps=warps, CHUNKS=_chunks(bins),
             )  # fmt: skip
             return out
         for first, slopes in _projected(points, directions):
@@ -806,6 +873,11 @@ def binned_backward(
                 pulled *= weights[:, first : first + count, None]
             out[:, first : first + count] = pulled
     return out
+
+
+def _numbers(rescale: list[float] | None) -> list[float]:
+    """What kernels take; nothing of it counts without RESCALED."""
+    return [0.0] * 4 if rescale is None else rescale
 
 
 def _tile(tile: tuple[int, int], directions: Tensor) -> tuple[int, int]:
@@ -863,6 +935,7 @@ def _histogram(
     edges: Tensor,
     poison: Tensor,
     bins: int,
+    rescale: list[float] | None,
 ) -> Tensor:
     batch, count_n, d = points.shape
     count_l = directions.shape[0]
@@ -880,8 +953,9 @@ def _histogram(
         each = triton.cdiv(triton.cdiv(count_n, chunks), long) * long
         shared_histogram_kernel[(chunks * batch, groups)](
             points, directions, weights, edges, histogram, poison, count_n, count_l, chunks, each,
-            *points.stride(), 1, bins,
-            D=d, GROUP=group, WORDS=triton.cdiv(group * bins, 1024) * 1024, POINTS=long,
+            *points.stride(), 1, bins, *_numbers(rescale),
+            D=d, RESCALED=rescale is not None, GROUP=group,
+            WORDS=triton.cdiv(group * bins, 1024) * 1024, POINTS=long,
             STEP=32 * SHARED_HISTOGRAM_WARPS, num_warps=SHARED_HISTOGRAM_WARPS,
             maxnreg=registers,
         )  # fmt: skip
@@ -893,8 +967,9 @@ def _histogram(
         blocks = triton.cdiv(n, long)
         histogram_kernel[(blocks * batch, triton.cdiv(count_l, wide))](
             source, directions, weights, edges, histogram, poison, n, first, count_n, count_l,
-            blocks, *source.stride(), bins,
-            D=d, PROJECTED=projected, DIRECTIONS=wide, POINTS=long, num_warps=HISTOGRAM_WARPS,
+            blocks, *source.stride(), bins, *_numbers(rescale),
+            D=d, PROJECTED=projected, RESCALED=rescale is not None, DIRECTIONS=wide, POINTS=long,
+            num_warps=HISTOGRAM_WARPS,
         )  # fmt: skip
     return histogram
 

@@ -30,9 +30,11 @@ namespace {
 using DirectionsArgument = std::tuple<Address, int64_t>;
 // (masses, totals, bits, pitch, chunks)
 using HistogramsArgument = std::tuple<Address, Address, int, int64_t, int64_t>;
-// (points, weights, histograms, first chunk, chunks, group)
-using SideArgument =
-    std::tuple<PointsArgument, Address, HistogramsArgument, int64_t, int64_t, int64_t>;
+// (factor, offset, low, high), or None
+using RescaleArgument = std::optional<std::array<double, 4>>;
+// (points, rescale, weights, histograms, first chunk, chunks, group)
+using SideArgument = std::tuple<PointsArgument, RescaleArgument, Address, HistogramsArgument,
+                                int64_t, int64_t, int64_t>;
 // ("found" or "given", address) or ("box", low, high)
 using EndsArgument = std::tuple<std::string, Address, double, double>;
 using PlaceArgument = std::tuple<int, Address>;  // (device, stream)
@@ -47,6 +49,15 @@ sdcore::Ends to_ends(const EndsArgument& argument) {
   if (kind == "given") return {sdcore::Ends::given, at<void>(address), 0, 0};
   if (kind == "box") return {sdcore::Ends::box, nullptr, low, high};
   throw py::value_error("unknown ends " + kind);
+}
+
+sdcore::Rescale to_rescale(const RescaleArgument& argument) {
+  if (!argument) return {};
+  const auto& [factor, offset, low, high] = *argument;
+  return {true,
+          {static_cast<float>(factor), static_cast<float>(offset), static_cast<float>(low),
+           static_cast<float>(high)},
+          {factor, offset, low, high}};
 }
 
 sdcore::Histograms to_histograms(const HistogramsArgument& argument) {
@@ -78,9 +89,9 @@ void histogram(const std::vector<SideArgument>& sides, const DirectionsArgument&
                const EndsArgument& ends, int64_t bins, Address finished,
                const PlaceArgument& place) {
   std::vector<sdcore::Side> found;
-  for (const auto& [points, weights, out, first, chunks, group] : sides) {
-    found.push_back(
-        {to_points(points), at<double>(weights), to_histograms(out), first, chunks, group});
+  for (const auto& [points, rescale, weights, out, first, chunks, group] : sides) {
+    found.push_back({to_points(points), to_rescale(rescale), at<double>(weights),
+                     to_histograms(out), first, chunks, group});
   }
   sdcore::sliced_wasserstein_histogram(found.data(), static_cast<int>(found.size()),
                                        to_directions(directions), to_ends(ends), bins,
@@ -104,13 +115,13 @@ void solve(const HistogramsArgument& x, const HistogramsArgument& y, bool one_y,
 }
 
 void gather(Address grad, std::array<int64_t, 2> grad_stride, const PointsArgument& points,
-            const DirectionsArgument& directions, Address weights, double mass, Address table,
+            const RescaleArgument& rescale, const DirectionsArgument& directions, Address weights, double mass, Address table,
             Address edges, int64_t bins, const PointsArgument& out, const PlaceArgument& place) {
   const sdcore::GatherArguments arguments{
       at<void>(grad),      {grad_stride[0], grad_stride[1]}, to_points(points),
-      to_directions(directions), at<double>(weights),        mass,
-      at<void>(table),     at<void>(edges),                  bins,
-      to_points(out)};
+      to_rescale(rescale), to_directions(directions),        at<double>(weights),
+      mass,                at<void>(table),                  at<void>(edges),
+      bins,                to_points(out)};
   sdcore::sliced_wasserstein_gather(arguments, to_place(place));
 }
 

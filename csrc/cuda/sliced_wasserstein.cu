@@ -171,6 +171,35 @@ __device__ __forceinline__ double entry(uint32_t address, double) {
   return value;
 }
 
+// Of a rescaling, in the numbers that arithmetic is in.
+template <typename Real>
+__device__ __forceinline__ const Clamped<Real>& numbers_of(const Rescale& rescale) {
+  if constexpr (sizeof(Real) == 8) {
+    return rescale.wide;
+  } else {
+    return rescale.narrow;
+  }
+}
+// Where a coordinate is before it is kept in bounds; rounded once, alike in all kernels.
+template <typename Real>
+__device__ __forceinline__ Real place_of(Real x, const Clamped<Real>& by) {
+  return fma(x, by.factor, by.offset);
+}
+// Coordinates as they count.
+template <typename Real, int D, int P>
+__device__ __forceinline__ void rescale_all(const Rescale& rescale, Real (&x)[P][D]) {
+  if (!rescale.on) return;
+  const Clamped<Real>& by = numbers_of<Real>(rescale);
+#pragma unroll
+  for (int j = 0; j < P; ++j) {
+#pragma unroll
+    for (int k = 0; k < D; ++k) {
+      const Real place = place_of(x[j][k], by);
+      x[j][k] = place < by.low ? by.low : place > by.high ? by.high : place;
+    }
+  }
+}
+
 struct TwoPoints {
   Points side[2];
   int64_t tiles[2];
@@ -437,6 +466,7 @@ __global__ void __launch_bounds__(kCountBlock, 1)
         for (int k = 0; k < D; ++k) x[j][k] = next[j][k];
       }
     }
+    rescale_all<Real, D, P>(side.rescale, x);
     const auto size = [&](int j) {
       Real sum = 0;
 #pragma unroll
@@ -942,6 +972,7 @@ struct GatherWork {
   const void* grad;  // Real, of batch element b and direction l at b * strides[0] + l * strides[1]
   int64_t grad_stride[2];
   Points points;
+  Rescale rescale;
   Directions directions;
   const double* weights;
   double mass;
@@ -1084,6 +1115,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   for (int i = 0; i < depth - 1; ++i) fetch(static_cast<int64_t>(i) * stage, i);
   Real x[P][D], sum[P][D] = {};
   load<Real, D, P>(work.points, b, at, threads, x);
+  rescale_all<Real, D, P>(work.rescale, x);
   const Real scale = unit_of(Real(), bins);
   int now = 0;
   const int at_once = kPulls / stage * stage;
@@ -1155,6 +1187,20 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     const Real mass = static_cast<Real>(weight * work.mass);
 #pragma unroll
     for (int k = 0; k < D; ++k) sum[j][k] *= mass;
+  }
+  if (work.rescale.on) {
+    // Read again: there are no registers to remember in which coordinates were kept in bounds.
+    const Clamped<Real>& by = numbers_of<Real>(work.rescale);
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+      Real point[1][D];
+      load<Real, D, 1>(work.points, b, at + static_cast<int64_t>(j) * threads, 0, point);
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        const Real place = place_of(point[0][k], by);
+        if (!(place >= by.low && place <= by.high)) sum[j][k] = 0;
+      }
+    }
   }
   with_format<Real>(work.out, [&](auto* data) {
     using T = std::remove_pointer_t<decltype(data)>;
@@ -1405,6 +1451,7 @@ void sliced_wasserstein_gather(const GatherArguments& a, Place place) {
         const GatherWork work = {a.grad,
                                  {a.grad_stride[0], a.grad_stride[1]},
                                  a.points,
+                                 a.rescale,
                                  a.directions,
                                  a.weights,
                                  a.mass,

@@ -48,10 +48,22 @@ struct Histograms {
   int64_t pitch, chunks;
 };
 
+// With `on`, each coordinate x counts as factor x + offset, kept from low to high; a NaN stays.
+template <typename Real>
+struct Clamped {
+  Real factor, offset, low, high;
+};
+struct Rescale {
+  bool on;
+  Clamped<float> narrow;  // the same numbers twice: conversions in a kernel take time
+  Clamped<double> wide;
+};
+
 // Points, their weights, double [batch, count], null if equal, and where their masses go: into so
 // many chunks from the first on.
 struct Side {
   Points points;
+  Rescale rescale;
   const double* weights;
   Histograms out;
   int64_t first_chunk, chunks;
@@ -99,11 +111,13 @@ struct SolveArguments {
 void sliced_wasserstein_solve(const SolveArguments& arguments, Place place);
 
 // The gradient to points [batch, count, dim], times `mass` and the weights, if there are any, from
-// that of the values. `out` may be the points.
+// that of the values; the factor of a rescaling is not in it. `out` may be the points, if they are
+// not rescaled.
 struct GatherArguments {
   const void* grad;  // Real, of b and l at b * grad_stride[0] + l * grad_stride[1]
   int64_t grad_stride[2];
   Points points;
+  Rescale rescale;
   Directions directions;
   const double* weights;
   double mass;

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from sdcore import graphs
 from sdcore.methods.fast_decoder import FastDecoder, is_offloaded
 from sdcore.methods.fast_norms import FastNorms
 from sdcore.methods.lora import plain
-from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.ops import clean_latents, control_step, random_rotations, sliced_wasserstein
 from sdcore.palette import Palette
 from sdcore.patching import Call, Method, Run
 
@@ -32,6 +33,7 @@ from sdcore.patching import Call, Method, Run
 PUBLISHED_RATE, PUBLISHED_LATENTS = 100.0, 96 * 96
 UNET_GRADIENTS = ("full", "frozen")
 LOSSES = ("binned", "exact", "published")
+KINDS = ("epsilon", "v_prediction", "sample")  # of what UNets predict
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {
         "inner_steps": 8, "rotations": 10, "guided_fraction": 0.93, "decode_scale": 1.0,
@@ -85,7 +87,8 @@ class ColorGuidance(Method):
         loss: "binned" or "exact", the ``method`` of ``sdcore.ops.sliced_wasserstein``; or
             "published", for comparison: exact, between as many pixels as there are, drawn with
             replacement anew for each axis, and as many colors of the reference.
-        seed: of the rotations; None for one that is drawn when a run begins.
+        seed: of the rotations; None for that of the (first) ``generator`` that the pipeline is
+            called with, or else ``torch.initial_seed()``.
         graph: on a GPU capture an inner step as one CUDA graph, which serves all of them, and the
             pipeline's own calls of the UNet as another, unless another method lies between this
             one and the UNet, or the loss is "published". They keep the memory that an inner step
@@ -143,6 +146,7 @@ class ColorGuidance(Method):
             raise ValueError(f"learning_rate must be positive and finite; got {learning_rate!r}")
         if normalize_gradient and learning_rate is None:
             raise ValueError("normalize_gradient needs a learning_rate; published is 0.04")
+        _check_seed(seed)
         self.palettes = _palettes(reference)
         self.inner_steps, self.rotations = int(chosen["inner_steps"]), int(chosen["rotations"])
         self.learning_rate = None if learning_rate is None else float(learning_rate)
@@ -154,14 +158,19 @@ class ColorGuidance(Method):
         self.losses: list[list[float]] = []
         self._last: SimpleNamespace | None = None
         self._here = threading.local()  # whose run decodes
-        self._decoder, self._within_a_graph = FastDecoder(), FastDecoder(graph=False)
+        self._decoder, self._within_a_graph = FastDecoder(graph=graph), FastDecoder(graph=False)
         self._norms = FastNorms()
         self._graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
+        # Copies of VAEs in float32, and of which weights.
+        self._copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
 
     def begin(self, run: Run) -> None:
         state = self._last = run.of(self)
         pipe = run.pipe
-        _check_not_offloaded(pipe)
+        # A method further out may have changed what the UNet does, and change it again in the run.
+        others = (type(one) for one in run.methods if one is not self)
+        alone = all(one.denoise is Method.denoise for one in others)
+        _check_models(pipe, alone)
         state.palettes = state.generator = state.graphs = state.distances = None
         state.taken = self.losses = []
         state.frozen = contextlib.ExitStack()
@@ -169,11 +178,15 @@ class ColorGuidance(Method):
         state.outer, self._here.state = getattr(self._here, "state", None), state
         state.vae = state.pipes_vae = pipe.vae
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
-            state.vae = copy.deepcopy(pipe.vae).float()
+            state.vae = self._upcast(pipe.vae)
         for part in (pipe.unet, state.vae):
             state.frozen.enter_context(frozen(part))
-        graph = self.graph and self.loss != "published" and run.innermost(self)
-        if graph and plain(pipe.unet).device.type == "cuda":
+        if (
+            self.graph
+            and self.loss != "published"
+            and alone
+            and plain(pipe.unet).device.type == "cuda"
+        ):
             state.graphs = self._graphs_of(pipe.unet, state.vae)
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
@@ -212,12 +225,14 @@ class ColorGuidance(Method):
         rotations = random_rotations(
             REPORTED_ROTATIONS, 3, device=pictures.device, generator=generator
         )
-        shown = (pictures.float() / 2 + 0.5).clamp(0, 1)
-        return _losses(shown, rotations.flatten(0, 1), palettes, "exact") / 3
+        return _losses(pictures, rotations.flatten(0, 1), palettes, "exact") / 3
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
-        kept = self._graphs.pop(plain(pipe.unet), None)
+        unet, vae = (plain(getattr(pipe, name, None)) for name in ("unet", "vae"))
+        if isinstance(vae, nn.Module):
+            self._copies.pop(vae, None)
+        kept = self._graphs.pop(unet, None) if isinstance(unet, nn.Module) else None
         if kept is not None:
             kept.clear()
 
@@ -252,11 +267,27 @@ class ColorGuidance(Method):
             (one.colors.to(device), None if one.has_equal_weights else one.weights.to(device))
             for one in self.palettes
         ]
+        if call.latents.ndim != 4 or call.latents.shape[2:] != call.sample.shape[2:]:
+            raise ValueError(
+                "ColorGuidance guides pictures whole; got latents of "
+                f"{list(call.latents.shape)} for a sample of {list(call.sample.shape)}"
+            )
+        kind = call.run.scheduler.config.prediction_type
+        if kind not in KINDS:
+            raise ValueError(f"prediction_type must be one of {', '.join(KINDS)}; got {kind!r}")
         state.generator = torch.Generator(device)
-        state.generator.manual_seed(
-            int(torch.randint(2**62, ())) if self.seed is None else self.seed
-        )
+        state.generator.manual_seed(_seed(call.run) if self.seed is None else self.seed)
         state.scaling = _scaling(state.vae, device)
+
+    def _upcast(self, vae: Any) -> Any:
+        """A copy in float32, the same one as long as the weights are."""
+        key = tuple((one.data_ptr(), one._version) for one in vae.parameters())
+        kept = self._copies.get(vae)
+        if kept is None or kept[0] != key:
+            found = copy.deepcopy(vae).float()
+            vars(found).pop("decode", None)  # what replaced it is the original's own
+            kept = self._copies[vae] = key, found
+        return kept[1]
 
     def _graphs_of(self, unet: Any, vae: Any) -> _Graphs:
         unet = plain(unet)
@@ -284,81 +315,96 @@ class ColorGuidance(Method):
         settings = {
             "alpha": call.alpha, "sigma": call.sigma, "palettes": state.palettes, "rate": rate,
             "kind": call.run.scheduler.config.prediction_type, "scaling": state.scaling,
+            "unet_gradient": self.unet_gradient, "decode_scale": self.decode_scale,
+            "loss": self.loss, "normalize_gradient": self.normalize_gradient,
         }  # fmt: skip
         graph = state.graphs is not None and graphs.fits(alone.options)
         generator = state.generator if self.loss == "published" else None
-        losses = []
+
+        def ask(x: Tensor) -> Tensor:
+            return proceed(replace(alone, sample=x, shift=u))
+
+        x, losses = alone.sample, []
         for some in rotations.split(self.rotations):
             directions = some.flatten(0, 1)
             if graph:
-                u, loss = state.graphs.moved_on(alone, u, directions, settings)
+                u, x, loss = state.graphs.moved_on(alone, u, x, directions, settings)
             else:
-
-                def ask(u: Tensor) -> tuple[Tensor, Tensor]:
-                    moved = alone.moved(u)
-                    return moved.sample, proceed(moved)
-
                 fast = self._decoder if u.is_cuda else None
-                u, loss = self._inner_step(
-                    ask, state.vae, fast, u, directions, generator=generator, **settings
-                )
+                u, x, loss = _inner_step(
+                    ask, state.vae, fast, u, x, alone.sample, directions, generator=generator,
+                    **settings,
+                )  # fmt: skip
             losses.append(loss)
-        state.taken.append(torch.stack(losses).tolist())
-        if not all(map(math.isfinite, state.taken[-1])):
-            raise FloatingPointError(
-                f"the loss is not finite at step {call.index}: {state.taken[-1]}; a VAE in float16 "
-                "may overflow: load it in bfloat16 or float32"
-            )
+        self._check_finite(state, call, losses, u)
         return u
 
-    def _inner_step(
-        self,
-        ask: Callable[[Tensor], tuple[Tensor, Tensor]],
-        vae: Any,
-        fast: FastDecoder | None,
-        u: Tensor,
-        directions: Tensor,
-        *,
-        alpha: Tensor,
-        sigma: Tensor,
-        palettes: list[tuple[Tensor, Tensor | None]],
-        rate: float,
-        kind: str,
-        scaling: tuple[Tensor, Tensor],
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """u after it, and the mean of L before. ``ask`` gives the sample moved by u, and what the
-        UNet says of it."""
-        u = u.detach().requires_grad_()
-        full = self.unet_gradient == "full"
-        with torch.set_grad_enabled(full):
-            x, said = ask(u)
-        said = said.float()
-        if full:
-            clean = _clean(kind, said, x[:, : said.shape[1]].float(), alpha, sigma)
-        else:
-            noise = _noise(kind, said, x[:, : said.shape[1]].float(), alpha, sigma).detach()
-            # Of a constant noise: x is what it was, and u what was added.
-            clean = (x[:, : said.shape[1]].detach() + (u - u.detach()) - sigma * noise) / alpha
-        pictures = self._decoded(vae, fast, clean, scaling)
-        loss = _losses(pictures, directions, palettes, self.loss, generator)
-        (grad,) = torch.autograd.grad(loss.sum(), u)
-        if self.normalize_gradient:
-            grad = grad / grad.std((1, 2, 3), keepdim=True)
-        return u.detach() - rate * grad, loss.detach().mean()
+    @staticmethod
+    def _check_finite(state: SimpleNamespace, call: Call, losses: list[Tensor], u: Tensor) -> None:
+        """Asked once a step, since the host waits for it."""
+        *values, last = torch.stack([*losses, u.sum()]).tolist()
+        state.taken.append(values)
+        if all(map(math.isfinite, (*values, last))):
+            return
+        why = ""
+        if float(call.alpha) == 0:
+            why = "; the sample is noise alone there (zero terminal SNR)"
+        elif torch.float16 in (state.vae.dtype, call.sample.dtype):
+            why = "; float16 may overflow: load the model in bfloat16 or float32"
+        what = "gradient" if all(map(math.isfinite, values)) else "loss"
+        raise FloatingPointError(f"the {what} is not finite at step {call.index}: {values}{why}")
 
-    def _decoded(
-        self, vae: Any, fast: FastDecoder | None, clean: Tensor, scaling: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """[B, 3, H, W] in [0, 1]."""
-        factor, mean = scaling
-        latents = factor * clean + mean
-        if self.decode_scale != 1:
-            size = [max(1, round(self.decode_scale * side)) for side in latents.shape[2:]]
-            latents = F.interpolate(latents, size=size, mode="bilinear", antialias=True)
-        with contextlib.nullcontext() if fast is None else fast.within(vae):
-            image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+def _inner_step(
+    ask: Callable[[Tensor], Tensor],
+    vae: Any,
+    fast: FastDecoder | None,
+    u: Tensor,
+    x: Tensor,
+    sample: Tensor,
+    directions: Tensor,
+    *,
+    alpha: Tensor,
+    sigma: Tensor,
+    palettes: list[tuple[Tensor, Tensor | None]],
+    rate: float,
+    kind: str,
+    scaling: tuple[Tensor, Tensor],
+    unet_gradient: str,
+    decode_scale: float,
+    loss: str,
+    normalize_gradient: bool,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u and x, the sample moved by it, after the step; and the mean of L before. ``ask`` gives what
+    the UNet says of x."""
+    full, channels = unet_gradient == "full", u.shape[1]
+    x = x.detach().requires_grad_(full)
+    with torch.set_grad_enabled(full):
+        said = ask(x)
+    at, front = x, x[:, :channels]
+    if not full:
+        # Of a constant noise.
+        at = front = front.float().requires_grad_()
+        if kind != "epsilon":
+            said, kind = _noise(kind, said.float(), front.detach(), alpha, sigma), "epsilon"
+    scale, shift = (one.flatten().expand(channels) for one in scaling)
+    latents = clean_latents(
+        front, said, alpha, sigma, prediction_type=kind, scale=scale, shift=shift,
+        dtype=vae.dtype if decode_scale == 1 else torch.float32,
+    )  # fmt: skip
+    pictures = _decoded(vae, fast, latents, decode_scale)
+    found = _losses(pictures, directions, palettes, loss, generator)
+    # Of a mean over pixels: float16 would lose gradients as small as that.
+    larger = 2.0 ** max(0, round(math.log2(pictures[0, 0].numel() / 64)))
+    grad = torch.autograd.grad(larger * found.sum(), at)[0][:, :channels]
+    if normalize_gradient:
+        # Of no gradient at all there is nothing to divide.
+        spread = grad.float().std((1, 2, 3)).clamp(min=1e-30)
+        u, x = control_step(u, grad, sample, rate, factor=1 / spread)
+    else:
+        u, x = control_step(u, grad, sample, rate / larger)
+    return u, x, found.detach().mean()
 
 
 class _Graphs:
@@ -374,16 +420,13 @@ class _Graphs:
                 return unet(**given, return_dict=False)[0]
 
         def inner_step(
-            given: dict[str, Any], u: Tensor, directions: Tensor, **settings: Any
+            given: dict[str, Any], u: Tensor, x: Tensor, directions: Tensor, **settings: Any
         ) -> Any:
-            def ask(u: Tensor) -> tuple[Tensor, Tensor]:
-                sample = given["sample"]
-                front = sample[:, : u.shape[1]] + u.to(sample.dtype)
-                x = torch.cat([front, sample[:, u.shape[1] :]], 1)
-                return x, said(given | {"sample": x})
+            def ask(x: Tensor) -> Tensor:
+                return said(given | {"sample": x})
 
             vae, fast = self.vae(), method._within_a_graph
-            return method._inner_step(ask, vae, fast, u, directions, **settings)
+            return _inner_step(ask, vae, fast, u, x, given["sample"], directions, **settings)
 
         self.inner = graphs.Graphs(inner_step, "an inner step of ColorGuidance")
         self.prediction = graphs.Graphs(said, "the UNet within ColorGuidance")
@@ -416,10 +459,10 @@ class _Graphs:
         self.turned.clear()
 
     def moved_on(
-        self, call: Call, u: Tensor, directions: Tensor, settings: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """What an inner step makes of u, and the loss before."""
-        return self.inner(self._given(call), u.detach(), directions, **settings)
+        self, call: Call, u: Tensor, x: Tensor, directions: Tensor, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """An inner step: u, the sample moved by it, and the loss before."""
+        return self.inner(self._given(call), u, x, directions, **settings)
 
     def predicted(self, call: Call) -> Tensor:
         """What the UNet says to the call that is passed on."""
@@ -475,6 +518,13 @@ class _Clock:
         return before.elapsed_time(after) / 1e3
 
 
+def _seed(run: Run) -> int:
+    """Of the generator that the pipeline was given, or of PyTorch's; nothing is drawn."""
+    given = run.arguments.get("generator")
+    first = given[0] if isinstance(given, (list, tuple)) and given else given
+    return first.initial_seed() if isinstance(first, torch.Generator) else torch.initial_seed()
+
+
 def _scaling(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """What latents of unit variance are multiplied by, and what is added, for the decoder."""
     config = vae.config
@@ -495,7 +545,11 @@ def _losses(
     method: str,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """L of each picture. With a generator, the published one's."""
+    """L of each picture, as decoded: of [-1, 1]. With a generator, the published one's."""
+    if method == "binned":  # the same, as it is read
+        options: dict[str, Any] = {"value_range": (0.0, 1.0), "rescale": (0.5, 0.5)}
+    else:
+        pictures, options = (pictures.float() / 2 + 0.5).clamp(0, 1), {}
     pixels = pictures.flatten(2).mT
     groups = [pixels] if len(palettes) == 1 else pixels.split(1)
     found = []
@@ -505,10 +559,9 @@ def _losses(
             continue
         found.append(
             sliced_wasserstein(
-                some, colors, directions=directions, weights_y=weights, method=method,
-                value_range=(0.0, 1.0) if method == "binned" else None,
+                some, colors, directions=directions, weights_y=weights, method=method, **options
             )
-        )  # fmt: skip
+        )
     return 3 * torch.cat(found)
 
 
@@ -534,11 +587,13 @@ def _bootstrapped(
     return (x.sort(1).values - y.sort(0).values).abs().mean((1, 2))
 
 
-def _clean(kind: str, said: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What is left of x without the noise, as the UNet says it."""
-    if kind == "epsilon":
-        return (x - sigma * said) / alpha
-    return alpha * x - sigma * said if kind == "v_prediction" else said
+def _decoded(vae: Any, fast: FastDecoder | None, latents: Tensor, scale: float) -> Tensor:
+    """[B, 3, H, W] in [-1, 1], or somewhat beyond, of the VAE's dtype."""
+    if scale != 1:
+        size = [max(1, round(scale * side)) for side in latents.shape[2:]]
+        latents = F.interpolate(latents, size=size, mode="bilinear", antialias=True)
+    with contextlib.nullcontext() if fast is None else fast.within(vae):
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 def _noise(kind: str, said: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -573,9 +628,9 @@ def frozen(module: Any) -> Iterator[None]:
         with _frozen_lock:
             kept.count -= 1
             if kept.count == 0:
+                del _frozen[inner]
                 for one in kept.weights:
                     one.requires_grad_(True)
-                del _frozen[inner]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -584,24 +639,53 @@ def frozen(module: Any) -> Iterator[None]:
 
 def _palettes(reference: Any) -> list[Palette]:
     """One, or one for each picture."""
-    if isinstance(reference, (list, tuple)):
-        if not reference:
-            raise ValueError("reference must be one or more; got an empty list")
-        if all(_is_reference(one) for one in reference):
-            return [_palette(one) for one in reference]
-        return [Palette.from_colors(reference)]
-    return [_palette(reference)]
+    if not isinstance(reference, (list, tuple)):
+        return [_palette(reference)]
+    if not reference:
+        raise ValueError("reference must be one or more; got an empty list")
+    if all(map(_is_color, reference)):
+        return [_in_range(Palette.from_colors(reference))]
+    if any(isinstance(one, (list, tuple)) for one in reference):
+        raise TypeError(
+            "reference must be one list of colors, or a list of images and palettes; colors for "
+            "one picture of several go into sdcore.Palette.from_colors"
+        )
+    return [_palette(one) for one in reference]
 
 
-def _is_reference(one: Any) -> bool:
-    """Of those that a list may have for each picture, what can't be a color."""
+def _is_color(one: Any) -> bool:
+    """A row of three numbers, or a string that Palette.from_colors knows."""
     if isinstance(one, (str, os.PathLike)):
-        return os.path.exists(one)
-    return not isinstance(one, (list, tuple))
+        try:
+            Palette.from_colors([one])
+        except (TypeError, ValueError):
+            return False
+        return True
+    if isinstance(one, (list, tuple)):
+        return all(isinstance(channel, Real) for channel in one)
+    return getattr(one, "ndim", None) == 1
 
 
 def _palette(one: Any) -> Palette:
-    return one if isinstance(one, Palette) else Palette.from_image(one)
+    if isinstance(one, Palette):
+        return _in_range(one)
+    if getattr(one, "ndim", None) == 2 and one.shape[1] == 3:
+        raise ValueError(
+            f"reference {list(one.shape)} could be a gray picture or a list of colors: pass it as "
+            "[height, width, 1], or as a list of its rows"
+        )
+    if isinstance(one, str) and not os.path.exists(one) and _is_color(one):
+        raise ValueError(f"reference must be a list of colors: pass [{one!r}]")
+    return Palette.from_image(one)
+
+
+def _in_range(palette: Palette) -> Palette:
+    low, high = palette.colors.aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"reference must have colors in [0, 1]; got a palette of {low:.3g} to {high:.3g}"
+        )
+    return palette
 
 
 def _check_options(
@@ -626,6 +710,15 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
+def _check_seed(seed: Any) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2**63, 2**64); got {seed}")
+
+
 def _is_positive(value: Any) -> bool:
     return (
         isinstance(value, Real)
@@ -635,11 +728,23 @@ def _is_positive(value: Any) -> bool:
     )
 
 
-def _check_not_offloaded(pipe: Any) -> None:
+def _check_models(pipe: Any, alone: bool) -> None:
     for name in ("unet", "vae"):
-        if any(map(is_offloaded, getattr(pipe, name).modules())):
+        model = getattr(pipe, name)
+        if model is None:
+            raise TypeError(f"ColorGuidance needs a {name}; this {type(pipe).__name__} has none")
+        if any(is_offloaded(part) or "_diffusers_hook" in vars(part) for part in model.modules()):
             raise ValueError(
-                f"ColorGuidance differentiates the UNet and the VAE together, and a hook of "
-                f"accelerate moves the {name} out of the GPU; call pipe.remove_all_hooks() and "
-                "pipe.to('cuda')"
+                f"ColorGuidance differentiates the UNet and the VAE together, and a hook moves or "
+                f"casts weights of the {name} between calls; call pipe.remove_all_hooks() and "
+                "pipe.to('cuda'), and don't enable group offloading or layerwise casting"
+            )
+        if any(one.is_inference() for one in model.parameters()):
+            raise ValueError(
+                f"the {name} was loaded within torch.inference_mode, and can't be differentiated"
+            )
+        if not alone and getattr(model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"the {name} checkpoints gradients, and would be asked again where other methods "
+                "no longer act on it; call disable_gradient_checkpointing()"
             )

@@ -109,6 +109,7 @@ class DeltaSampling(Method):
     """
 
     repeatable = True
+    inside_moves = True
 
     def __init__(
         self,

@@ -166,6 +166,7 @@ class RegionAttention(Method):
     """
 
     claims = CLAIM
+    inside_moves = True
 
     def __init__(
         self,

@@ -525,15 +525,15 @@ def noise_terms(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
 
 
 def _refuses(*args: Any) -> str | None:
-    from sdcore.triton_kernels import delta_combine as kernels
+    from sdcore.triton_kernels import samples
 
-    return kernels.refuses(*args[:8])
+    return samples.refuses(*args[:8])
 
 
 def _refuses_backward(*args: Any) -> str | None:
-    from sdcore.triton_kernels import delta_combine as kernels
+    from sdcore.triton_kernels import samples
 
-    return kernels.refuses(*args[:9])
+    return samples.refuses(*args[:9])
 
 
 def _halves(whole: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ def sliced_wasserstein(
     method: str = "exact",
     bins: int = 4096,
     value_range: tuple[float, float] | None = None,
+    rescale: tuple[float, float] | None = None,
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -84,6 +87,11 @@ def sliced_wasserstein(
             It saves a pass over the data. Each direction's bins then span the projection of that
             box, and a projection outside of it counts in the nearest end bin, in value and
             gradient. None: bins span the projections found.
+        rescale: for ``binned`` with a ``value_range``, (a, b): x, and x alone, is taken as
+            clamp(a · x + b, low, high), each number rounded as float32 arithmetic has it. So a
+            decoder's picture of [−1, 1] goes in as it is, [B, 3, H, W].flatten(2).mT of any of the
+            dtypes, with (0.5, 0.5), and no copy of it is made. The gradient has the factor a, and
+            is zero where clamp moved a coordinate.
         reduction: over directions: ``"mean"``, ``"sum"``, or ``"none"`` for [..., L].
         generator: random source for directions, on the device of x.
 
@@ -125,32 +133,43 @@ def sliced_wasserstein(
     A NaN or an infinity among the coordinates makes the value NaN on every direction whose
     projections it reaches, and with it the gradients of that batch element.
     """
-    palette, given = None, directions
+    palette, given, taken = None, directions, None
     if isinstance(y, Palette):
         if weights_y is not None:
             raise ValueError("weights_y is for y as a tensor; a palette has weights of its own")
         palette, y = y, y.colors
         weights_y = None if palette.has_equal_weights else palette.weights
     _check_points(x, y)
-    _check_options(p, method, bins, value_range, reduction)
+    _check_options(p, method, bins, value_range, rescale, reduction)
     batch = _broadcast_batch(x, y)
     directions = _directions(directions, x, generator)
+    if rescale is not None and value_range is not None:
+        taken = [float(number) for number in (*rescale, *value_range)]
+        if x.shape[-1] > cuda.MOST_COORDINATES:
+            # A matrix product makes their projections, and takes points as they are.
+            x, taken = rescaled(x, taken), None
     if palette is not None and isinstance(given, Tensor) and x.is_cuda:
         # Nothing is kept where it would be traced; and on a CPU y costs little next to x.
         keeps = method == "exact" or value_range is not None
         keeps = keeps and directions.dtype == compute_dtype(x.dtype)
         if keeps and not torch.compiler.is_compiling():
-            return _against_kept(x, palette, given, weights_x, p, bins, value_range, reduction)
+            return _against_kept(
+                x, palette, given, weights_x, p, bins, value_range, taken, reduction
+            )
     dtype = torch.promote_types(x.dtype, y.dtype)
     weights_x = _normalized_weights("weights_x", weights_x, x, batch)
     weights_y = _normalized_weights("weights_y", weights_y, y, batch)
-    x = x.to(dtype).expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
-    y = y.to(dtype).expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
+    if taken is None or dtype == torch.float64:  # else x is converted as it is read
+        x, y = x.to(dtype), y.to(dtype)
+    x = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+    y = y.expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
     directions = directions.to(compute_dtype(dtype))
 
     scale = _scale_of(reduction, directions)
     if method == "binned":
-        values = _binned(x, y, directions, weights_x, weights_y, p, bins, value_range, scale)[0]
+        values = _binned(
+            x, y, directions, weights_x, weights_y, p, bins, value_range, scale, taken
+        )[0]
     else:
         track = torch.is_grad_enabled()
         need_x, need_y = track and x.requires_grad, track and y.requires_grad
@@ -166,6 +185,7 @@ def _against_kept(
     p: int,
     bins: int,
     value_range: tuple[float, float] | None,
+    taken: list[float] | None,
     reduction: str,
 ) -> Tensor:
     """Against what the palette keeps: histograms in a ``value_range``, else sorted projections."""
@@ -188,7 +208,7 @@ def _against_kept(
         (histogram,) = palette.kept(
             directions, (bins, box), lambda: (_histogram(colors(), plain, weights, bins, box),)
         )
-        values = _binned_to(x, histogram, plain, weights_x, p, box, scale)[0]
+        values = _binned_to(x, histogram, plain, weights_x, p, box, scale, taken)[0]
     return values.reshape(*batch, -1) if scale is None else values.reshape(batch)
 
 
@@ -208,11 +228,14 @@ def reference(
     method: str = "exact",
     bins: int = 4096,
     value_range: tuple[float, float] | None = None,
+    rescale: tuple[float, float] | None = None,
 ) -> Tensor:
     """The specification: W_p^p per direction, [B, L], differentiable by autograd.
 
     x [B, n, d], y [B, m, d], directions [L, d], weights [B, n] and [B, m].
     """
+    if rescale is not None and value_range is not None:
+        x = rescaled(x, (*rescale, *value_range))
     px, py = project(x, directions), project(y, directions)
     if method == "binned":
         low, high = bounds(px, py, directions, value_range)
@@ -223,6 +246,12 @@ def reference(
     px, py = tie_average(px, mass_x), tie_average(py, mass_y)
     cost = (px.gather(-1, i) - py.gather(-1, j)).abs() ** p * mass
     return cost.sum(-1) * nan_unless_finite(px, py, mass_x, mass_y)
+
+
+def rescaled(points: Tensor, rescale: Sequence[float]) -> Tensor:
+    """By (a, b, low, high), in float32 or float64."""
+    a, b, low, high = rescale
+    return (a * points.to(compute_dtype(points.dtype)) + b).clamp(low, high)
 
 
 def project(points: Tensor, directions: Tensor) -> Tensor:
@@ -348,7 +377,12 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_options(
-    p: int, method: str, bins: int, value_range: tuple[float, float] | None, reduction: str
+    p: int,
+    method: str,
+    bins: int,
+    value_range: tuple[float, float] | None,
+    rescale: tuple[float, float] | None,
+    reduction: str,
 ) -> None:
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2; got {p!r}")
@@ -360,6 +394,15 @@ def _check_options(
         raise TypeError(f"bins must be an int; got {type(bins).__name__}")
     if not 2 <= bins <= MOST_BINS:
         raise ValueError(f"bins must be 2 to {MOST_BINS}; got {bins}")
+    if rescale is not None:
+        if method != "binned" or value_range is None:
+            raise ValueError('rescale is for method="binned" with a value_range')
+        if not isinstance(rescale, (tuple, list)) or len(rescale) != 2:
+            raise ValueError(f"rescale must be (a, b); got {rescale!r}")
+        if not all(isinstance(number, Real) for number in rescale):
+            raise TypeError(f"rescale must be two numbers; got {rescale!r}")
+        if not all(map(math.isfinite, rescale)) or rescale[0] == 0:
+            raise ValueError(f"rescale must be finite, with a that is not 0; got {rescale!r}")
     if value_range is None:
         return
     if method != "binned":
@@ -432,7 +475,9 @@ def _normalized_weights(
 
 # The flat ops. x [B, n, d] and y [B, m, d] have one dtype and any strides; directions [L, d] are
 # float32 or float64 (the compute dtype); weights are float64 [B, n], normalized or NaN. With
-# `scale`, values are summed over directions and scaled, [B]; without, they are [B, L].
+# `scale`, values are summed over directions and scaled, [B]; without, they are [B, L]. With
+# `rescale`, (a, b, low, high), x has up to four coordinates and is taken as clamp(a x + b, low,
+# high), and x and y may differ in dtype, but not if one is float64.
 
 
 def _fake_binned(
@@ -445,6 +490,7 @@ def _fake_binned(
     bins: int,
     value_range: list[float] | None,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], directions.shape[0])
     return (
@@ -460,7 +506,7 @@ def _fake_binned(
 # backend fills these alike, so any backend's backward can read any other's tables.
 _binned = registration.define(
     "sliced_wasserstein_binned(Tensor x, Tensor y, Tensor directions, Tensor? weights_x, "
-    "Tensor? weights_y, int p, int bins, float[]? value_range, float? scale) "
+    "Tensor? weights_y, int p, int bins, float[]? value_range, float? scale, float[]? rescale) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_binned,
 )
@@ -474,6 +520,7 @@ def _fake_binned_backward(
     table: Tensor,
     edges: Tensor,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> Tensor:
     return torch.empty_like(points)
 
@@ -481,13 +528,13 @@ def _fake_binned_backward(
 # The gradient to one side's points, given that of the values and that side's table.
 _binned_backward = registration.define(
     "sliced_wasserstein_binned_backward(Tensor grad, Tensor points, Tensor directions, "
-    "Tensor? weights, Tensor table, Tensor edges, float? scale) -> Tensor",
+    "Tensor? weights, Tensor table, Tensor edges, float? scale, float[]? rescale) -> Tensor",
     _fake_binned_backward,
 )
 
 
 def _save_binned(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, directions, weights_x, weights_y, *_, ctx.scale = inputs
+    x, y, directions, weights_x, weights_y, *_, ctx.scale, ctx.rescale = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, y, directions, weights_x, weights_y, *output[1:])
 
@@ -496,10 +543,12 @@ def _differentiate_binned(ctx: Any, grad: Tensor, *_: Any) -> Any:
     x, y, directions, weights_x, weights_y, table_x, table_y, edges = ctx.saved_tensors
     grad_x = grad_y = None
     if ctx.needs_input_grad[0]:
-        grad_x = _binned_backward(grad, x, directions, weights_x, table_x, edges, ctx.scale)
+        side = x, directions, weights_x, table_x, edges
+        grad_x = _binned_backward(grad, *side, ctx.scale, ctx.rescale)
     if ctx.needs_input_grad[1]:
-        grad_y = _binned_backward(grad, y, directions, weights_y, table_y, edges, ctx.scale)
-    return grad_x, grad_y, None, None, None, None, None, None, None
+        side = y, directions, weights_y, table_y, edges
+        grad_y = _binned_backward(grad, *side, ctx.scale, None)
+    return (grad_x, grad_y, *(None,) * 8)
 
 
 registration.gradient(_binned, _differentiate_binned, _save_binned)
@@ -534,6 +583,7 @@ def _fake_binned_to(
     p: int,
     value_range: list[float],
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0], directions.shape[0])
     return (
@@ -546,13 +596,14 @@ def _fake_binned_to(
 # sliced_wasserstein_binned against such a histogram, [B or 1, L, bins], of y.
 _binned_to = registration.define(
     "sliced_wasserstein_binned_to(Tensor x, Tensor histogram_y, Tensor directions, "
-    "Tensor? weights_x, int p, float[] value_range, float? scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? weights_x, int p, float[] value_range, float? scale, float[]? rescale) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_binned_to,
 )
 
 
 def _save_binned_to(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, directions, weights_x, *_, ctx.scale = inputs
+    x, _, directions, weights_x, *_, ctx.scale, ctx.rescale = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, directions, weights_x, *output[1:])
 
@@ -561,8 +612,9 @@ def _differentiate_binned_to(ctx: Any, grad: Tensor, *_: Any) -> Any:
     x, directions, weights_x, table, edges = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _binned_backward(grad, x, directions, weights_x, table, edges, ctx.scale)
-    return grad_x, None, None, None, None, None, None
+        side = x, directions, weights_x, table, edges
+        grad_x = _binned_backward(grad, *side, ctx.scale, ctx.rescale)
+    return (grad_x, *(None,) * 7)
 
 
 registration.gradient(_binned_to, _differentiate_binned_to, _save_binned_to)
@@ -797,8 +849,11 @@ def _binned_plain(
     bins: int,
     value_range: list[float] | None,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_weights(weights_x, weights_y)
+    if rescale is not None:
+        x = rescaled(x, rescale)
     with torch.autocast(x.device.type, enabled=False):
         px, py = project(x, directions), project(y, directions)
     low, high = bounds(px, py, directions, value_range)
@@ -861,8 +916,11 @@ def _binned_to_plain(
     p: int,
     value_range: list[float],
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_weights(weights_x, None)
+    if rescale is not None:
+        x = rescaled(x, rescale)
     with torch.autocast(x.device.type, enabled=False):
         px = project(x, directions)
     low, high = bounds(px, px, directions, value_range)
@@ -882,13 +940,27 @@ def _binned_backward_plain(
     table: Tensor,
     edges: Tensor,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> Tensor:
+    side = directions, weights, table, edges, scale
+    if rescale is not None:
+        found = _binned_backward_plain(grad, rescaled(points, rescale), *side, None)
+        return _through_rescaled(found, points, rescale)
     grad = _per_direction(grad, scale, directions)
     with torch.autocast(points.device.type, enabled=False):
         projections = project(points, directions)
         index = bin_index(projections, edges[..., :1], edges[..., 1:], table.shape[-1])
         slope = table.gather(-1, index) * grad[..., None]
         return _pull_back(slope * _mass(points, weights), directions, points)
+
+
+def _through_rescaled(grad: Tensor, points: Tensor, rescale: Sequence[float]) -> Tensor:
+    """The gradient to points, from that to what they are taken as."""
+    a, b, low, high = rescale
+    place = a * points.to(grad.dtype) + b
+    return torch.empty_like(points).copy_(
+        torch.where((place >= low) & (place <= high), a * grad, 0)
+    )
 
 
 def _mass(points: Tensor, weights: Tensor | None) -> Tensor | float:
@@ -1054,9 +1126,13 @@ def _binned_cpp(
     bins: int,
     value_range: list[float] | None,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_weights(weights_x, weights_y)
-    outputs = _fake_binned(x, y, directions, weights_x, weights_y, p, bins, value_range, None)
+    if rescale is not None:
+        x = rescaled(x, rescale)
+        y = y.to(x.dtype)
+    outputs = _fake_binned(x, y, directions, weights_x, weights_y, p, bins, value_range, None, None)
     directions = directions.contiguous()
     weights_x, weights_y = _contiguous(weights_x), _contiguous(weights_y)
     if x.shape[0]:
@@ -1085,7 +1161,12 @@ def _binned_backward_cpp(
     table: Tensor,
     edges: Tensor,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> Tensor:
+    side = directions, weights, table, edges, scale
+    if rescale is not None:
+        found = _binned_backward_cpp(grad, rescaled(points, rescale), *side, None)
+        return _through_rescaled(found, points, rescale)
     out = torch.empty_like(points)
     grad = _per_direction(grad, scale, directions).contiguous()
     directions = directions.contiguous()
@@ -1190,9 +1271,9 @@ def _sort_cpp(
 def _binned_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
-    *others, scale = args
+    *others, scale, rescale = args
     _check_weights(args[3], args[4])
-    values, table_x, table_y, edges = kernels.binned(*others)
+    values, table_x, table_y, edges = kernels.binned(*others, rescale)
     return _reduced(values, scale), table_x, table_y, edges
 
 
@@ -1207,9 +1288,9 @@ def _histogram_triton(*args: Any) -> Tensor:
 def _binned_to_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
-    *others, scale = args
+    *others, scale, rescale = args
     _check_weights(args[3], None)
-    values, table, edges = kernels.binned_to(*others)
+    values, table, edges = kernels.binned_to(*others, rescale)
     return _reduced(values, scale), table, edges
 
 
@@ -1217,9 +1298,9 @@ def _binned_to_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _binned_backward_triton(grad: Tensor, points: Tensor, directions: Tensor, *args: Any) -> Tensor:
     from sdcore.triton_kernels import sliced_wasserstein as kernels
 
-    *others, scale = args
+    *others, scale, rescale = args
     return kernels.binned_backward(
-        _per_direction(grad, scale, directions), points, directions, *others
+        _per_direction(grad, scale, directions), points, directions, *others, rescale
     )
 
 

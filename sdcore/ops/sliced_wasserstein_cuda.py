@@ -52,9 +52,10 @@ def binned(
     bins: int,
     value_range: list[float] | None,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values, tables [B, L, bins] of x and y, edges [B, L, 2], as the op defines them."""
-    sides = [_Side(x, weights_x), _Side(y, weights_y)]
+    sides = [_Side(x, weights_x, rescale), _Side(y, weights_y)]
     problem = _Problem(sides, directions.contiguous(), bins, value_range)
     first, second = problem.histograms()
     return problem.solve(first, second, False, p, scale, table_y=True)
@@ -68,11 +69,13 @@ def binned_to(
     p: int,
     value_range: list[float],
     scale: float | None,
+    rescale: list[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same against a histogram [B or 1, L, bins] of y; without a table for y."""
     histogram_y = histogram_y.contiguous()
     bins = histogram_y.shape[-1]
-    problem = _Problem([_Side(x, weights_x)], directions.contiguous(), bins, value_range)
+    side = _Side(x, weights_x, rescale)
+    problem = _Problem([side], directions.contiguous(), bins, value_range)
     one_y = histogram_y.shape[0] == 1
     (found,) = problem.histograms()
     known = _Histograms(histogram_y, None, 64, bins, 1)
@@ -109,6 +112,7 @@ def gather(
     table: Tensor,
     edges: Tensor,
     scale: float | None,
+    rescale: list[float] | None,
 ) -> Tensor:
     """The gradient to ``points``, in their dtype and, where dense, their strides."""
     out = torch.empty_like(points)
@@ -119,6 +123,7 @@ def gather(
     weights = None if weights is None else weights.contiguous()
     few = d <= MOST_COORDINATES
     mass = (1 / n if weights is None else 1.0) * (1.0 if scale is None else scale)
+    mass *= 1.0 if rescale is None else rescale[0]
     if not few:
         grad = (grad if scale is None else grad[:, None].expand(-1, len(directions))).contiguous()
     strides = (grad.stride(0), 0 if grad.dim() == 1 else grad.stride(1)) if few else (1, 0)
@@ -128,6 +133,7 @@ def gather(
             grad.data_ptr(),
             strides,
             described(points),
+            rescale,
             (directions.data_ptr(), directions.shape[0]),
             address(weights),
             mass,
@@ -155,6 +161,7 @@ def gather(
 class _Side(NamedTuple):
     points: Tensor
     weights: Tensor | None
+    rescale: list[float] | None = None  # of points of few coordinates
 
 
 class _Histograms(NamedTuple):
@@ -187,7 +194,7 @@ class _Problem:
         value_range: list[float] | None,
     ) -> None:
         self.sides = [
-            _Side(s.points, None if s.weights is None else s.weights.contiguous()) for s in sides
+            s._replace(weights=None if s.weights is None else s.weights.contiguous()) for s in sides
         ]
         self.directions, self.bins = directions, bins
         self.batch, self.count = sides[0].points.shape[0], directions.shape[0]
@@ -243,7 +250,8 @@ class _Problem:
             plan = self._plan(n, everyone - n, d, self.batch, self.count, side.weights)
             histograms = self._allocate(plan, plan.chunks)
             found.append(histograms)
-            argument = described(side.points), address(side.weights), histograms.described(), 0
+            points = described(side.points), side.rescale
+            argument = (*points, address(side.weights), histograms.described(), 0)
             arguments.append((*argument, plan.chunks, plan.group))
         self._launch(arguments, self._directions())
         return found
@@ -261,7 +269,7 @@ class _Problem:
             if side.weights is not None:
                 weights = side.weights[:, first : first + part.shape[1]]
                 weights = weights.repeat_interleave(self.count, 0)
-            argument = (described(part), address(weights), histograms.described(), chunk)
+            argument = (described(part), None, address(weights), histograms.described(), chunk)
             self._launch([(*argument, plan.chunks, plan.group)], (one.data_ptr(), 1))
             chunk += plan.chunks
         return histograms

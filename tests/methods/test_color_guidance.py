@@ -16,11 +16,12 @@ pytest.importorskip("diffusers")
 import diffusers
 
 import sdcore
+from sdcore import images
 from sdcore.embedded import load
 from sdcore.images import ImageError
 from sdcore.methods import color_guidance
 from sdcore.methods.color_guidance import ColorGuidance, frozen
-from sdcore.ops import random_rotations, sliced_wasserstein
+from sdcore.ops import clean_latents, random_rotations, sliced_wasserstein
 from tests import pipelines
 
 PALETTE = sdcore.Palette.from_colors(["#ff8800", "#220044", "#88ccee"], [3, 1, 2])
@@ -46,9 +47,11 @@ class Kept(sdcore.Method):
 
     def __init__(self) -> None:
         self.samples: list[Tensor] = []
+        self.latents: list[Tensor] = []
 
     def denoise(self, call, proceed):
         self.samples.append(call.sample.detach().clone())
+        self.latents.append(call.latents.detach().clone())
         return proceed(call)
 
 
@@ -117,7 +120,7 @@ def test_noise_and_what_it_lies_on(kind: str) -> None:
     x = alpha * clean + sigma * noise
     said = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[kind]
     found = (
-        color_guidance._clean(kind, said, x, alpha, sigma),
+        clean_latents(x, said, alpha, sigma, prediction_type=kind),
         color_guidance._noise(kind, said, x, alpha, sigma),
     )
     for a, b in zip(found, (clean, noise), strict=True):
@@ -330,15 +333,37 @@ def test_pipelines_of_every_kind(tokens: Any, family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+        ("DDPMScheduler", {}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("LMSDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "sample"}),
+        ("DEISMultistepScheduler", {}),
+        ("LCMScheduler", {}),
+        ("TCDScheduler", {}),
+    ],
 )
-def test_schedulers(tokens: Any, name: str) -> None:
+def test_schedulers(tokens: Any, name: str, options: dict[str, Any]) -> None:
+    """Guidance of the first step alone is a run from latents that were moved."""
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    before = pipelines.images(pipe, "text-to-image")
-    with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)):
-        assert off(pipelines.images(pipe, "text-to-image")) < off(before)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    inner, outer = Kept(), Kept()
+    guidance = ColorGuidance(
+        PALETTE, inner_steps=1, rotations=3, seed=0, guided_fraction=0.2, learning_rate=300.0
+    )
+    with sdcore.patch(pipe, inner, guidance, outer):
+        found = pipelines.images(pipe, "text-to-image", latents=start.clone())
+    plain = pipelines.images(pipe, "text-to-image", latents=start.clone())
+    # Of what the UNet takes, into what the scheduler holds, of which it scales what it is given.
+    u = (inner.samples[1] - outer.samples[0])[:1]
+    scale = (outer.latents[0] / outer.samples[0][:1]).mean() / pipe.scheduler.init_noise_sigma
+    moved = pipelines.images(pipe, "text-to-image", latents=start + scale * u)
+    torch.testing.assert_close(found, moved, rtol=0, atol=1e-4)
+    assert not torch.allclose(found, plain, rtol=0, atol=1e-3)
 
 
 def test_schedulers_that_lose_the_move_are_refused(tokens: Any) -> None:
@@ -421,37 +446,125 @@ def test_frozen_by_several() -> None:
             inside.wait()
             leave.wait()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     inside.wait()
     with frozen(module), frozen(module):
         assert not module.weight.requires_grad
     assert not module.weight.requires_grad
     leave.set()
-    thread.join()
+    thread.join(60)
     assert module.weight.requires_grad
     assert not module.bias.requires_grad
 
 
-def test_a_vae_that_must_be_upcast(tokens: Any) -> None:
-    """Its decoder in float16 would overflow: it is copied, and stays what it is."""
-    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+def test_a_vae_that_must_be_upcast(tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its decoder in float16 would overflow: a copy of it decodes, the same one in the next run,
+    whatever stands in its ``decode``; and it stays what it is."""
+    pipe = pipelines.pipeline("SDXL", "text-to-image", tokens)
     pipe.vae.half().register_to_config(force_upcast=True)
-    before = pipe.vae.state_dict()
-    taken = {}
+    before = {name: weight.data_ptr() for name, weight in pipe.vae.state_dict().items()}
+    used: list[tuple[Any, torch.dtype]] = []
+    real = diffusers.AutoencoderKL.decode
 
-    class Look(sdcore.Method):
-        def denoise(self, call, proceed):
-            taken["dtype"] = call.run.of(guidance).vae.dtype
-            raise RuntimeError("that is all")
+    def decode(self, z, *args, **options):
+        used.append((self, z.dtype))
+        return real(self, z, *args, **options)
 
+    monkeypatch.setattr(diffusers.AutoencoderKL, "decode", decode)
+    pipe.vae.decode = decode.__get__(pipe.vae)
     guidance = ColorGuidance(PALETTE, **FEW)
-    with sdcore.patch(pipe, Look(), guidance), pytest.raises(RuntimeError, match="that is all"):
-        pipelines.images(pipe, "text-to-image")
-    assert taken["dtype"] == torch.float32
+    with sdcore.patch(pipe, guidance):
+        for _ in range(2):
+            pipelines.images(pipe, "text-to-image", output_type="latent")
+    assert len(used) == 2 * pipelines.STEPS * FEW["inner_steps"]
+    (copied,) = {one for one, _ in used}
+    assert copied is not pipe.vae
+    assert {dtype for _, dtype in used} == {torch.float32}
     assert pipe.vae.dtype == torch.float16
-    for name, weight in pipe.vae.state_dict().items():
-        assert weight.data_ptr() == before[name].data_ptr()
+    assert {name: one.data_ptr() for name, one in pipe.vae.state_dict().items()} == before
+    assert not guidance._copies
+
+
+class Enlarging(torch.nn.Module):
+    """A decoder, to pictures of 64 times the side."""
+
+    dtype = torch.float32
+
+    def decode(self, z: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (torch.nn.functional.interpolate(z[:, :3], scale_factor=64.0),)
+
+
+def step_of(dtype: torch.dtype, level: float = 0.1, **options: Any) -> tuple[Tensor, ...]:
+    vae = Enlarging()
+    vae.dtype = dtype
+    x = level * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    directions = random_rotations(4, 3, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
+    half = torch.tensor(0.5).sqrt()
+    settings = {
+        "alpha": half, "sigma": half, "palettes": [(PALETTE.colors, PALETTE.weights)],
+        "rate": 100.0, "kind": "epsilon", "loss": "exact", "unet_gradient": "full",
+        "scaling": (torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)),
+        "decode_scale": 1.0, "normalize_gradient": False,
+    }  # fmt: skip
+    x = x.to(dtype)
+    return color_guidance._inner_step(
+        lambda x: 0.5 * x, vae, None, torch.zeros(2, 4, 16, 16), x, x, directions,
+        **settings | options,
+    )  # fmt: skip
+
+
+def test_gradients_of_large_pictures_in_half_precision() -> None:
+    """Of pictures of 1024², whose pixels have gradients that float16 has no numbers for."""
+    wanted, half = step_of(torch.float32)[0], step_of(torch.float16)[0]
+    assert float((half - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_a_gradient_of_nothing_is_not_normalized() -> None:
+    u, x, _ = step_of(torch.float32, level=1e4, normalize_gradient=True)
+    assert u.eq(0).all() and x.isfinite().all()
+
+
+def test_means_and_deviations_of_latents(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    seen: list[Tensor] = []
+    real = pipe.vae.decode
+
+    def decode(z, *args, **options):
+        seen.append(z.detach())
+        return real(z, *args, **options)
+
+    pipe.vae.decode = decode
+    for mean, std in ((None, None), ([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0])):
+        pipe.vae.register_to_config(latents_mean=mean, latents_std=std)
+        with sdcore.patch(pipe, ColorGuidance(PALETTE, inner_steps=1, seed=0)):
+            pipelines.images(pipe, "text-to-image", output_type="latent", num_inference_steps=1)
+    first, second = seen
+    scaled = first * torch.tensor([1.0, 2, 3, 4])[:, None, None]
+    wanted = scaled + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
+    torch.testing.assert_close(second, wanted)
+
+
+def test_the_rate_belongs_to_a_size(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    taken = []
+    for rate in (None, 100 * 16 * 16 / 96**2):
+        with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW, learning_rate=rate)):
+            taken.append(pipelines.images(pipe, "text-to-image"))
+    assert taken[0].equal(taken[1])
+
+
+def test_seeds(tokens: Any) -> None:
+    """Without one it is that of the call's generator; and PyTorch's own is not drawn from."""
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    taken = []
+    for seed in (None, 1, 2):  # the generator's is 1
+        before = torch.get_rng_state()
+        with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW | {"seed": seed})):
+            taken.append(pipelines.images(pipe, "text-to-image"))
+        assert torch.get_rng_state().equal(before)
+    assert taken[0].equal(taken[1])
+    assert not taken[0].equal(taken[2])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,7 +577,8 @@ BAD = [
     ({"guided_fraction": 0}, r"guided_fraction must be in \(0, 1\]; got 0"),
     ({"decode_scale": 1.5}, r"decode_scale must be in \(0, 1\]; got 1.5"),
     ({"unet_gradient": "none"}, "unet_gradient must be one of full, frozen; got 'none'"),
-    ({"loss": "published"}, "loss must be one of binned, exact; got 'published'"),
+    ({"loss": "sorted"}, "loss must be one of binned, exact, published; got 'sorted'"),
+    ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\); got 18446744073709551616"),
     ({"learning_rate": -1.0}, "learning_rate must be positive and finite; got -1.0"),
     ({"normalize_gradient": True}, "normalize_gradient needs a learning_rate"),
 ]
@@ -481,23 +595,94 @@ def test_references(tmp_path: Any) -> None:
     assert [len(one) for one in ColorGuidance(picture).palettes] == [64]
     assert [len(one) for one in ColorGuidance(["red", (0, 255, 0)]).palettes] == [2]
     assert [len(one) for one in ColorGuidance([picture, PALETTE]).palettes] == [64, 3]
-    with pytest.raises(ValueError, match="got an empty list"):
-        ColorGuidance([])
-    with pytest.raises(ImageError, match=r"nowhere\.png"):
-        ColorGuidance(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match="nocolor"):
-        ColorGuidance(["nocolor"])
+    assert [len(one) for one in ColorGuidance(list(torch.rand(5, 3))).palettes] == [5]
+    images.write(torch.zeros(4, 4, 3), tmp_path / "there.png")
+    there = str(tmp_path / "there.png")
+    assert [len(one) for one in ColorGuidance([there, PALETTE]).palettes] == [1, 3]
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ([], ValueError, "got an empty list"),
+        (tmp_path / "nowhere.png", ImageError, r"nowhere\.png"),
+        ([there, "nowhere.png"], ImageError, r"nowhere\.png"),
+        (["nocolor"], ImageError, "nocolor"),
+        ("#ff8800", ValueError, r"pass \['#ff8800'\]"),
+        ([["red"], ["green"]], TypeError, "colors for one picture of several"),
+        (torch.rand(5, 3), ValueError, "could be a gray picture or a list of colors"),
+        (sdcore.Palette(torch.rand(5, 3) * 255), ValueError, r"colors in \[0, 1\]"),
+    ]
+    for reference, error, message in wrong:
+        with pytest.raises(error, match=message):
+            ColorGuidance(reference)
+    with pytest.raises(TypeError, match="seed must be an int or None; got str"):
+        ColorGuidance(PALETTE, seed="a")
 
 
-def test_models_that_take_turns_on_the_gpu_are_refused(tokens: Any) -> None:
-    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
-    accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+def refused(pipe: Any, message: str, *methods: sdcore.Method, error: Any = ValueError) -> None:
     with (
-        sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)),
-        pytest.raises(ValueError, match="moves the unet out of the GPU"),
+        sdcore.patch(pipe, *methods, ColorGuidance(PALETTE, inner_steps=1, seed=0)),
+        pytest.raises(error, match=message),
     ):
         pipelines.images(pipe, "text-to-image")
     assert all(one.requires_grad for one in pipe.unet.parameters())
+
+
+def test_models_whose_weights_come_and_go_are_refused(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    refused(pipe, "a hook moves or casts weights of the unet")
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    refused(pipe, "a hook moves or casts weights of the vae")
+
+
+def test_models_that_cant_be_differentiated_are_refused(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.unet.enable_gradient_checkpointing()
+    region = sdcore.RegionAttention(sdcore.Region("a red circle", box=(0, 0, 0.5, 1)))
+    refused(pipe, "the unet checkpoints gradients", region)
+    pipe.unet.disable_gradient_checkpointing()
+    with torch.inference_mode():
+        pipe.vae = type(pipe.vae).from_config(pipe.vae.config)
+    refused(pipe, "the vae was loaded within torch.inference_mode")
+
+
+def test_what_there_must_be(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    vae, pipe.vae = pipe.vae, None
+    with pytest.raises(TypeError, match="it has no vae"):
+        sdcore.patch(pipe, ColorGuidance(PALETTE))
+    pipe.vae = vae
+    with sdcore.patch(pipe, ColorGuidance(PALETTE)):
+        pipe.vae = None
+        with pytest.raises(TypeError, match="ColorGuidance needs a vae"):
+            pipelines.images(pipe, "text-to-image")
+        pipe.unet = None
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, prediction_type="flow_prediction"
+    )
+    refused(pipe, "prediction_type must be one of epsilon, v_prediction, sample; got 'flow_")
+
+
+def test_what_must_lie_further_in(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    was = pipelines.trace(pipe)
+    region = sdcore.RegionAttention(sdcore.Region("a red circle", box=(0, 0, 0.5, 1)))
+    with pytest.raises(ValueError, match="RegionAttention must lie further in than ColorGuidance"):
+        sdcore.patch(pipe, ColorGuidance(PALETTE), region)
+    assert pipelines.trace(pipe) == was
+
+
+def test_a_gradient_that_is_not_finite_is_named(
+    tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    real = color_guidance.control_step
+
+    def step(u, grad, sample, rate):
+        return real(u, grad / 0, sample, rate)
+
+    monkeypatch.setattr(color_guidance, "control_step", step)
+    refused(pipe, "the gradient is not finite at step 0", error=FloatingPointError)
 
 
 def test_a_loss_that_is_not_finite_is_named(tokens: Any) -> None:
@@ -506,6 +691,6 @@ def test_a_loss_that_is_not_finite_is_named(tokens: Any) -> None:
         pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
     with (
         sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW)),
-        pytest.raises(FloatingPointError, match=r"the loss is not finite at step 0: .*in float16"),
+        pytest.raises(FloatingPointError, match=r"the loss is not finite at step 0: \[nan"),
     ):
         pipelines.images(pipe, "text-to-image")

@@ -615,14 +615,15 @@ def test_opcheck(platform: Platform, method: str, p: int) -> None:
     with platform.forced():
         if method == "binned":
             torch.library.opcheck(
-                ops.sliced_wasserstein_binned, (*grown, directions, weights, None, p, 8, None, 0.5)
+                ops.sliced_wasserstein_binned,
+                (*grown, directions, weights, None, p, 8, None, 0.5, None),
             )
             _, table, _, edges = ops.sliced_wasserstein_binned(
-                x, y, directions, weights, None, p, 8, [0.0, 1.0], None
+                x, y, directions, weights, None, p, 8, [0.0, 1.0], None, None
             )
             torch.library.opcheck(
                 ops.sliced_wasserstein_binned_backward,
-                (grad, x, directions, weights, table, edges, None),
+                (grad, x, directions, weights, table, edges, None, None),
             )
             return
         for scale in (0.5, None):
@@ -692,10 +693,12 @@ def test_against_a_histogram(platform: Platform, d: int, rows: int, weighted: bo
     grown = x.clone().requires_grad_(), x.clone().requires_grad_()
     with platform.forced():
         histogram = ops.sliced_wasserstein_histogram(y, directions, wy, bins, box)
-        found = ops.sliced_wasserstein_binned_to(grown[0], histogram, directions, wx, p, box, 0.5)
+        found = ops.sliced_wasserstein_binned_to(
+            grown[0], histogram, directions, wx, p, box, 0.5, None
+        )
         wy = wy if wy is None else wy.expand(2, -1)
         expected = ops.sliced_wasserstein_binned(
-            grown[1], y.expand(2, -1, -1), directions, wx, wy, p, bins, box, 0.5
+            grown[1], y.expand(2, -1, -1), directions, wx, wy, p, bins, box, 0.5, None
         )
         gradients = [
             torch.autograd.grad(values[0].sum(), points)[0]
@@ -905,7 +908,7 @@ def test_a_histogram_of_what_is_not_finite(platform: Platform) -> None:
             y, directions, None, 16, [0.0, 1.0]
         )
         values, table, _ = torch.ops.sdcore.sliced_wasserstein_binned_to(
-            x, histogram, directions, None, 1, [0.0, 1.0], None
+            x, histogram, directions, None, 1, [0.0, 1.0], None, None
         )
     assert (histogram[0].sum(-1) > 0).all() and (histogram[1] == -1).all()
     assert values[0].isfinite().all() and values[1].isnan().all()
@@ -920,7 +923,7 @@ def test_histograms_of_an_empty_batch(platform: Platform, p: int) -> None:
     with platform.forced():
         histogram = torch.ops.sdcore.sliced_wasserstein_histogram(x, directions, None, 8, [0, 1])
         values, table, edges = torch.ops.sdcore.sliced_wasserstein_binned_to(
-            x, histogram, directions, None, p, [0, 1], 1.0
+            x, histogram, directions, None, p, [0, 1], 1.0, None
         )
     assert histogram.shape == table.shape == (0, 4, 8)
     assert values.shape == (0,) and edges.shape == (0, 4, 2)
@@ -935,7 +938,8 @@ def test_opcheck_of_histograms(p: int) -> None:
     histogram = ops.sliced_wasserstein_histogram(y, directions, weights, 8, [0.0, 1.0])
     for scale in (0.5, None):
         torch.library.opcheck(
-            ops.sliced_wasserstein_binned_to, (x, histogram, directions, None, p, [0, 1.0], scale)
+            ops.sliced_wasserstein_binned_to,
+            (x, histogram, directions, None, p, [0, 1.0], scale, None),
         )
 
 
@@ -1072,6 +1076,9 @@ def test_a_graph_holds_what_the_palette_kept() -> None:
     torch.testing.assert_close(captured, expected)
 
 
+BOX = {"value_range": (0.0, 1.0)}
+
+
 def good() -> dict[str, Any]:
     return {"x": torch.rand(2, 5, 3), "y": torch.rand(2, 4, 3)}
 
@@ -1098,6 +1105,17 @@ def good() -> dict[str, Any]:
         ({"value_range": (1, 0)}, ValueError, r"low < high; got \(1, 0\)"),
         ({"value_range": (0, math.inf)}, ValueError, "value_range must be finite"),
         ({"value_range": (0, 1, 2)}, ValueError, r"value_range must be \(low, high\)"),
+        ({"rescale": (0.5, 0.5)}, ValueError, "rescale is for .*binned.* with a value_range"),
+        (BOX | {"rescale": 0.5}, ValueError, r"rescale must be \(a, b\); got 0.5"),
+        (BOX | {"rescale": (1, 2, 3)}, ValueError, r"rescale must be \(a, b\)"),
+        (BOX | {"rescale": ("1", 0)}, TypeError, "rescale must be two numbers"),
+        (BOX | {"rescale": (math.nan, 0.5)}, ValueError, "rescale must be finite"),
+        (BOX | {"rescale": (0, 0.5)}, ValueError, r"a that is not 0; got \(0, 0.5\)"),
+        (
+            {"rescale": (0.5, 0.5), "method": "exact"},
+            ValueError,
+            "rescale is for .*binned.* with a value_range",
+        ),
         ({"directions": 0}, ValueError, "directions must be at least 1; got 0"),
         ({"directions": 2.0}, TypeError, "directions must be an int or a tensor.*float"),
         ({"directions": True}, TypeError, "directions must be an int or a tensor.*bool"),
@@ -1331,3 +1349,233 @@ def test_ties_for_the_sanitizer(platform: Platform) -> None:
         sliced_wasserstein(x, torch.rand(1, 600, 6, device="cuda"), directions=3).sum().backward()
         torch.cuda.synchronize()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures as a decoder has them
+
+
+def picture(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> Tensor:
+    """[B, 3, H, W], of multiples of 1/64, beyond [-1, 1] and at both ends of it: exact in every
+    dtype, and what becomes of them, too."""
+    values = torch.randint(-80, 81, shape).double() / 64
+    values[:, :, 0, :2] = torch.tensor([-1.0, 1.0])
+    values = values.to(device, dtype)
+    if layout == "channels last":
+        return values.contiguous(memory_format=torch.channels_last)
+    return values.repeat(1, 1, 1, 2)[..., : shape[-1]] if layout == "cropped" else values
+
+
+def composed(x: Tensor, rescale: tuple[float, float], box: tuple[float, float]) -> Tensor:
+    a, b = rescale
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) * a + b).clamp(*box)
+
+
+@pytest.mark.parametrize(
+    "layout, weighted", [("contiguous", "y"), ("channels last", "xy"), ("cropped", "")]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1] if INTERPRETED else [1, 2])
+@pytest.mark.parametrize("platform", ALL)
+def test_rescaled_as_read(
+    platform: Platform, p: int, dtype: torch.dtype, weighted: str, layout: str
+) -> None:
+    """As what is composed before the op, and by autograd: the numbers are such that nothing is
+    rounded on the way to a bin."""
+    image = picture((2, 3, 20, 15), dtype, layout, platform.device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    colors = dyadic_points(50, 3).to(platform.device, wide)
+    options: dict[str, Any] = {
+        "p": p, "method": "binned", "bins": 64, "value_range": (0.0, 1.0), "reduction": "none",
+        "directions": DYADIC_DIRECTIONS.to(platform.device, wide),
+    }  # fmt: skip
+    for side, size in (("x", 300), ("y", 50)):
+        if side in weighted:
+            options[f"weights_{side}"] = random_weights(size).to(platform.device)
+    results = []
+    with platform.forced():
+        for rescale in ((0.5, 0.5), None):
+            leaf = image.detach().requires_grad_()
+            x = leaf.flatten(2).mT if rescale else composed(leaf, (0.5, 0.5), (0, 1)).flatten(2).mT
+            value = sliced_wasserstein(x, colors, rescale=rescale, **options)
+            weight = torch.arange(1.0, value.numel() + 1).reshape(value.shape).to(value)
+            results.append((value, torch.autograd.grad((value * weight).sum(), leaf)[0]))
+    (value, grad), (expected, wanted) = results
+    assert value.dtype == wide and grad.dtype == dtype
+    # Sums of fractions, in another order.
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad, wanted, rtol=2 * max(eps, 1e-6), atol=1e-6)
+    outside = image.abs() > 1
+    assert outside.any() and not grad[outside].any()
+    assert (grad[:, :, 0, :2] != 0).any()  # on the ends it is no clamp
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_rescaled_at_odd_sizes(platform: Platform) -> None:
+    """Any d, several tiles, other factors and ranges; a point may be rounded into another bin."""
+    for n, d, rescale, box in (
+        (1, 1, (2.0, -1.0), (-0.5, 0.5)),
+        (4500, 2, (-0.3, 0.1), (-0.25, 0.35)),
+        (700, 3, (0.5, 0.5), (0.0, 1.0)),
+        (333, 4, (10.0, 0.7), (0.0, 1.0)),
+        (60, 6, (0.5, 0.5), (0.1, 0.9)),
+    ):
+        x, y = torch.randn(2, n, d, device=platform.device), torch.rand(40, d)
+        y, directions = y.to(platform.device), torch.randn(5, d, device=platform.device)
+        options: dict[str, Any] = {
+            "directions": directions, "method": "binned", "bins": 128, "value_range": box, "p": 2,
+        }  # fmt: skip
+        leaves = [x.detach().requires_grad_() for _ in range(2)]
+        with platform.forced():
+            ours = sliced_wasserstein(leaves[0], y, rescale=rescale, **options)
+            plain = sliced_wasserstein(composed(leaves[1], rescale, box), y, **options)
+            grads = [
+                torch.autograd.grad(value.sum(), leaf)[0]
+                for value, leaf in zip((ours, plain), leaves, strict=True)
+            ]
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+        # Of a point in the next bin it differs by a bin's width, for each direction.
+        scale = grads[1].abs().max()
+        assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm() + 1e-6
+        assert (grads[0] - grads[1]).abs().max() < 0.2 * scale + 1e-6
+        zero = composed(x, rescale, box) != composed(x, rescale, (-math.inf, math.inf))
+        assert not grads[0][zero].any()
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_rescaled_is_the_specification(platform: Platform) -> None:
+    x = dyadic_points(2, 100, 3) * 3 - 1.5
+    y, cotangent = dyadic_points(2, 60, 3), torch.rand(2, 7, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "method": "binned", "bins": 64, "value_range": (0.0, 1.0), "rescale": (0.5, 0.5),
+    }  # fmt: skip
+    exact = value_and_gradient(specified, x, y, cotangent, directions=DYADIC_DIRECTIONS, **options)
+    with platform.forced():
+        ours = value_and_gradient(
+            per_direction,
+            *(t.to(platform.device) for t in (x, y, cotangent)),
+            directions=DYADIC_DIRECTIONS.to(platform.device),
+            **options,
+        )
+    for our, exactly in zip(ours, exact, strict=True):
+        torch.testing.assert_close(our, exactly, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("platform", ALL)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rescaled_what_is_not_finite(platform: Platform, bad: float) -> None:
+    """As clamp has it: an infinity is moved to an end, a NaN stays and makes the value one."""
+    x = torch.rand(2, 300, 3)
+    x[1, 7, 2] = bad
+    x, y = x.to(platform.device).requires_grad_(), torch.rand(40, 3, device=platform.device)
+    with platform.forced():
+        value = sliced_wasserstein(
+            x, y, directions=5, method="binned", value_range=(0.0, 1.0), rescale=(2.0, -0.5)
+        )
+        (grad,) = torch.autograd.grad(value.sum(), x)
+    assert value[0].isfinite() and value[1].isnan() == math.isnan(bad)
+    assert grad[0].isfinite().all() and grad[1].isnan().any() == math.isnan(bad)
+    assert grad[1, 7, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("platform", ALL)
+def test_rescaled_against_a_palette(platform: Platform, equal: bool, dtype: torch.dtype) -> None:
+    palette = sdcore.Palette(dyadic_points(40, 3).float(), None if equal else torch.rand(40))
+    palette = palette.to(platform.device)
+    image = picture((2, 3, 12, 10), dtype, "contiguous", platform.device)
+    options: dict[str, Any] = {
+        "directions": DYADIC_DIRECTIONS.to(platform.device, torch.float32), "method": "binned",
+        "bins": 64, "value_range": (0.0, 1.0), "rescale": (0.5, 0.5),
+    }  # fmt: skip
+    weights = None if equal else palette.weights
+    pairs = []
+    with platform.forced():
+        for y, more in ((palette, {}), (palette.colors, {"weights_y": weights})):
+            leaf = image.detach().requires_grad_()
+            value = sliced_wasserstein(leaf.flatten(2).mT, y, **options, **more)
+            pairs.append((value, torch.autograd.grad(value.sum(), leaf)[0]))
+    for ours, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_opcheck_of_what_is_rescaled(platform: Platform) -> None:
+    x = torch.randn(2, 9, 3, device=platform.device, dtype=torch.bfloat16)
+    y, directions = torch.rand(2, 7, 3).to(platform.device), torch.randn(4, 3).to(platform.device)
+    grown, rescale, ops = x.clone().requires_grad_(), [0.5, 0.5, 0.0, 1.0], torch.ops.sdcore
+    with platform.forced():
+        forward = (y, directions, None, None, 1, 8, [0.0, 1.0], None, rescale)
+        torch.library.opcheck(ops.sliced_wasserstein_binned, (grown, *forward))
+        _, table, _, edges = ops.sliced_wasserstein_binned(x, *forward)
+        grad = torch.rand(2, 4, device=platform.device)
+        torch.library.opcheck(
+            ops.sliced_wasserstein_binned_backward,
+            (grad, x, directions, None, table, edges, None, rescale),
+        )
+
+
+@pytest.mark.parametrize("platform", ALL)
+def test_rescaled_compiles_without_a_graph_break(platform: Platform) -> None:
+    if platform.backend == "triton" and platform.device == "cpu":
+        pytest.skip("the interpreter runs Python")
+    image = torch.randn(2, 3, 8, 8, device=platform.device).bfloat16().requires_grad_()
+    colors, directions = torch.rand(20, 3).to(image.device), torch.randn(5, 3).to(image.device)
+
+    def loss(image: Tensor) -> Tensor:
+        return sliced_wasserstein(
+            image.flatten(2).mT, colors, directions=directions, method="binned", bins=64,
+            value_range=(0.0, 1.0), rescale=(0.5, 0.5),
+        ).sum()  # fmt: skip
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with platform.forced():
+        values = [loss(image), compiled(image)]
+        results = [(value, *torch.autograd.grad(value, image)) for value in values]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [100, 1024])
+def test_rescaled_on_a_gpu_makes_no_copy(
+    name: str, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the gradient, of the picture's dtype, lies as the picture does; small and large, where a
+    thread has fewer and more points."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    colors, directions = torch.rand(5000, 3, device="cuda"), torch.randn(30, 3, device="cuda")
+    weights = torch.rand(5000, device="cuda")
+    options: dict[str, Any] = {
+        "directions": directions, "weights_y": weights, "method": "binned",
+        "value_range": (0.0, 1.0),
+    }  # fmt: skip
+    for layout in (torch.contiguous_format, torch.channels_last):
+        image = torch.randn(1, 3, size, size, device="cuda").to(dtype, memory_format=layout)
+        leaf = image.detach().requires_grad_()
+
+        def work(leaf: Tensor = leaf) -> tuple[Tensor, Tensor]:
+            x = leaf.flatten(2).mT
+            value = sliced_wasserstein(x, colors, rescale=(0.5, 0.5), **options)
+            return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+        with sdcore.backend(name):
+            value, grad = work()
+            assert grad.stride() == leaf.stride() and grad.dtype == dtype
+            plain = image.detach().requires_grad_()
+            wanted = sliced_wasserstein(
+                composed(plain, (0.5, 0.5), (0, 1)).flatten(2).mT, colors, **options
+            )
+            torch.testing.assert_close(value, wanted.detach(), rtol=1e-4, atol=1e-6)
+            wanted_grad = torch.autograd.grad(wanted.sum(), plain)[0]
+            assert (grad - wanted_grad).float().norm() < 0.02 * wanted_grad.float().norm()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            used = torch.cuda.max_memory_allocated() - before
+            # Tables and histograms, which count little beside a large picture in float32.
+            assert size < 1024 or used < grad.nbytes + (4 << 20)
