@@ -1,6 +1,7 @@
 """The ops: public functions over flat ops registered with PyTorch."""
 
 from sdcore.ops.delta_combine import delta_combine
+from sdcore.ops.geglu import geglu
 from sdcore.ops.group_norm_silu import group_norm_silu
 from sdcore.ops.masked_cross_attention import masked_cross_attention
 from sdcore.ops.random_rotations import random_rotations
@@ -9,6 +10,7 @@ from sdcore.ops.wide_attention import wide_attention
 
 __all__ = [
     "delta_combine",
+    "geglu",
     "group_norm_silu",
     "masked_cross_attention",
     "random_rotations",
