@@ -54,7 +54,7 @@ def predicted(unet: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(unet.dtype)
+        return torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
 
     config = unet.config
     sample, text = drawn(2, 4, 16, 16), drawn(2, 77, config.cross_attention_dim)
@@ -72,12 +72,13 @@ def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", pipelines.FAMILIES)
 def test_results_and_gradients_of_a_unet(
-    tokens: Any, family: str, dtype: torch.dtype, calls: list[Any]
+    tokens: Any, family: str, dtype: torch.dtype, device: str, calls: list[Any]
 ) -> None:
-    unet = unet_of(tokens, family).to(dtype)
+    unet = unet_of(tokens, family).to(device, dtype)
     plain, exact = predicted(unet), predicted_exactly(unet)
     assert not calls
     with sdcore.patch(unet, sdcore.FastGEGLU()):
@@ -85,7 +86,7 @@ def test_results_and_gradients_of_a_unet(
     assert len(calls) == len(gated(unet)) > 0
     for a, b, c in zip(found, plain, exact, strict=True):
         # Layers after it round in another place.
-        assert_as_good(a, b, c, dtype, 4)
+        assert_as_good(a, b.cpu(), c.cpu(), dtype, 4)
 
 
 def predicted_exactly(unet: Any) -> tuple[Tensor, ...]:
@@ -93,7 +94,7 @@ def predicted_exactly(unet: Any) -> tuple[Tensor, ...]:
     wide = copy.deepcopy(unet).double()
 
     class Rounded:
-        dtype, config = unet.dtype, unet.config
+        dtype, device, config = unet.dtype, unet.device, unet.config
 
         def __call__(self, sample: Tensor, timestep: int, text: Tensor, **more: Any) -> Any:
             more = {name: {key: one.double() for key, one in some.items()}
@@ -253,17 +254,3 @@ def test_models_without_one(tokens: Any) -> None:
         part.__class__ = Scaled
     with pytest.raises(TypeError, match="StableDiffusionPipeline has no GEGLU"):
         sdcore.patch(pipe, sdcore.FastGEGLU())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
-def test_on_a_gpu(tokens: Any, family: str, calls: list[Any]) -> None:
-    """In bfloat16, no further off than without."""
-    pipe = pipelines.pipeline(family, "text-to-image", tokens)
-    exact = pipelines.images(pipe, "text-to-image").double()
-    pipe.to("cuda", torch.bfloat16)
-    plain = pipelines.images(pipe, "text-to-image")
-    with sdcore.patch(pipe, sdcore.FastGEGLU()):
-        found = pipelines.images(pipe, "text-to-image")
-    assert len(calls) == pipelines.STEPS * len(gated(pipe.unet))
-    assert_as_good(found, plain.cpu(), exact, torch.bfloat16, 4)
