@@ -5,6 +5,7 @@ from sdcore.backends import backend
 from sdcore.methods.color_guidance import ColorGuidance
 from sdcore.methods.delta_sampling import Control, DeltaSampling
 from sdcore.methods.fast_decoder import FastDecoder
+from sdcore.methods.fast_geglu import FastGEGLU
 from sdcore.methods.fast_norms import FastNorms
 from sdcore.methods.gated_attention import GatedAttention
 from sdcore.methods.lora import LoRA
@@ -19,6 +20,7 @@ __all__ = [
     "Control",
     "DeltaSampling",
     "FastDecoder",
+    "FastGEGLU",
     "FastNorms",
     "GatedAttention",
     "Handle",

@@ -33,6 +33,7 @@ from sdcore.triton_kernels import (
     clean_latents,
     control_step,
     delta_combine,
+    geglu,
     group_norm_silu,
     masked_cross_attention,
     sliced_wasserstein,
@@ -233,6 +234,14 @@ def run_wide_attention(dtype: torch.dtype) -> None:
     wide_attention.pulls(q[:, :1024], v, p, torch.empty(1, 1024, 1), 0.04)
 
 
+def run_geglu(dtype: torch.dtype, n: int, cut: bool) -> None:
+    """``cut``: rows lie in two steps."""
+    x = torch.empty(2, 2304, 2 * n, dtype=dtype)[:, int(cut) :]
+    out = torch.empty(*x.shape[:-1], n, dtype=dtype)
+    geglu.forward(x, out)
+    geglu.backward(out, x, torch.empty(x.shape, dtype=dtype))
+
+
 def record(ptx: bool, chip: str) -> list[Launch]:
     """All distinct launches of all cases, with PTX or without, that this chip would be given."""
     target, limit = CHIPS[chip]
@@ -266,10 +275,13 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         for last in (False, True):
             run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
         run_wide_attention(torch.bfloat16)
+        run_geglu(torch.bfloat16, 2560, False)
         if chip == "sm_90":  # not tuned
             for last in (False, True):
                 run_group_norm(torch.float32, (2, 320, 128, 128), last, True)
             run_wide_attention(torch.float32)
+            run_geglu(torch.float16, 5120, True)
+            run_geglu(torch.float32, 5, False)
     return list(found)
 
 
