@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sdcore import graphs
 from sdcore.methods.fast_decoder import FastDecoder, is_offloaded
+from sdcore.methods.fast_geglu import FastGEGLU
 from sdcore.methods.fast_norms import FastNorms
 from sdcore.methods.lora import plain
 from sdcore.ops import clean_latents, control_step, random_rotations, sliced_wasserstein
@@ -97,8 +98,10 @@ class ColorGuidance(Method):
 
     Works with Stable Diffusion 1, 2 and SDXL, from text, from images and with ControlNet, whose
     residuals are held at what they were for x; with models that predict noise, v or the sample.
-    The UNet and the VAE are frozen for the run, and decoded by :class:`sdcore.FastDecoder` on a
-    GPU. A VAE in float16 that overflows there (``force_upcast``) is copied to float32 for the run.
+    The UNet and the VAE are frozen for the run. On a GPU :class:`sdcore.FastDecoder` decodes, and
+    in graphs :class:`sdcore.FastNorms` and :class:`sdcore.FastGEGLU` are at work. A VAE in float16
+    that overflows there (``force_upcast``) is copied to float32, until the method is removed.
+    Weights, adapters and what else changes a model are looked at when a run begins.
 
     ``losses`` has, for each guided step of the run that began last, so far, the means of L over
     pictures: one for each inner step, before its update. :meth:`report`, or that of what
@@ -159,7 +162,7 @@ class ColorGuidance(Method):
         self._last: SimpleNamespace | None = None
         self._here = threading.local()  # whose run decodes
         self._decoder, self._within_a_graph = FastDecoder(graph=graph), FastDecoder(graph=False)
-        self._norms = FastNorms()
+        self._norms, self._gates = FastNorms(), FastGEGLU()
         self._graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
         # Copies of VAEs in float32, and of which weights.
         self._copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
@@ -412,11 +415,11 @@ class _Graphs:
 
     def __init__(self, method: ColorGuidance, unet: nn.Module, vae: nn.Module) -> None:
         self.unet, self.vae = weakref.ref(unet), weakref.ref(vae)
-        norms = method._norms
+        norms, gates = method._norms, method._gates
 
         def said(given: dict[str, Any]) -> Tensor:
             unet = self.unet()
-            with norms.within(unet):
+            with norms.within(unet), gates.within(unet):
                 return unet(**given, return_dict=False)[0]
 
         def inner_step(
