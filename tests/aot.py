@@ -112,13 +112,15 @@ def run_sliced_wasserstein(
     real = torch.float64 if dtype == torch.float64 else torch.float32
     x, y = torch.empty(1, n, d, dtype=dtype), torch.empty(1, n, d, dtype=dtype)
     if planar:
-        x, y = torch.empty(1, d, n, dtype=dtype).mT, torch.empty(1, 2 * d, n, dtype=dtype)[:, :d].mT
+        x = torch.empty(1, d, n, dtype=dtype).mT
+        # Of a picture and the colors of another, or of two pictures.
+        y = torch.empty(1, 2 * d, n, dtype=dtype)[:, :d].mT if weighted else y.to(real)
     rescale = [0.5, 0.5, 0.0, 1.0] if planar else None
     count_l = min(32, n)
     directions = torch.empty(count_l, d, dtype=real)
     weights = torch.empty(1, n, dtype=torch.float64) if weighted else None
     values, table, _, edges = sliced_wasserstein.binned(
-        x, y, directions, weights, weights, p, bins, None, None
+        x, y, directions, weights, weights, p, bins, None, rescale
     )
     sliced_wasserstein.binned_backward(values, x, directions, weights, table, edges, rescale)
     known = torch.empty(1, count_l, bins, dtype=torch.int64)

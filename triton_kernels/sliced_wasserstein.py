@@ -6,8 +6,8 @@ writes the tables of slopes. Backward: each point finds its bin again and adds u
 The formulas are in sdcore/ops/sliced_wasserstein.py.
 
 Points are read in any strides and dtype; arithmetic is that of ``directions``. With ``rescale``,
-(times, plus, low, high), points of up to four coordinates are taken as times · x + plus, kept from
-low to high: x itself is neither copied nor read another time.
+(times, plus, least, most), points of up to four coordinates are taken as times · x + plus, kept
+from least to most, as they are read: x itself is not copied.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ SOLVE_WARPS = 8
 
 
 @triton.jit
-def _taken(x, times, plus, low, high, RESCALED: tl.constexpr):
-    """A coordinate as it counts: times · x + plus, kept from low to high; NaN stays."""
+def _taken(x, times, plus, least, most, RESCALED: tl.constexpr):
+    """A coordinate as it counts: times · x + plus, kept from least to most; NaN stays."""
     if RESCALED:
         place = _rescaled(x, times, plus)
-        lowest, highest = tl.full([], low, x.dtype), tl.full([], high, x.dtype)
+        lowest, highest = tl.full([], least, x.dtype), tl.full([], most, x.dtype)
         return tl.where(place < lowest, lowest, tl.where(place > highest, highest, place))
     else:
         return x
@@ -82,17 +82,17 @@ def _rescaled(x, times, plus):
 
 
 @triton.jit
-def _passes_on(x, times, plus, low, high):
+def _passes_on(x, times, plus, least, most):
     """Whether a gradient to a coordinate as it counts is one to x: one where it was not moved to an
     end, else zero."""
     place = _rescaled(x, times, plus)
-    lowest, highest = tl.full([], low, x.dtype), tl.full([], high, x.dtype)
+    lowest, highest = tl.full([], least, x.dtype), tl.full([], most, x.dtype)
     return ((place >= lowest) & (place <= highest)).to(tl.int32)
 
 
 @triton.jit
 def _projections(
-    points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, low, high,
+    points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, least, most,
     D: tl.constexpr, PROJECTED: tl.constexpr, RESCALED: tl.constexpr,
 ):  # fmt: skip
     """Projections [directions, points] of the points ``rows`` to the directions ``dirs``.
@@ -109,7 +109,7 @@ def _projections(
         valid = tl.max(inside.to(tl.int32), 0)[None, :] > 0
         for k in tl.static_range(D):
             x = tl.load(at + k * sd, mask=valid, other=0.0).to(REAL)
-            x = _taken(x, times, plus, low, high, RESCALED)
+            x = _taken(x, times, plus, least, most, RESCALED)
             value += x * tl.load(directions + dirs * D + k)[:, None]
     return value
 
@@ -241,7 +241,7 @@ def range_kernel(
 @triton.jit
 def histogram_kernel(
     points, directions, weights, edges, histogram, poison, n, first, count_n, count_l, blocks,
-    sb, sn, sd, bins, times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    sb, sn, sd, bins, times: tl.float64, plus: tl.float64, least: tl.float64, most: tl.float64,
     D: tl.constexpr, PROJECTED: tl.constexpr, RESCALED: tl.constexpr, DIRECTIONS: tl.constexpr,
     POINTS: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +257,7 @@ def histogram_kernel(
     dirs = tl.where(known, dirs, 0)
     inside = known[:, None] & (rows < n)[None, :]
     value = _projections(
-        points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, low, high,
+        points, directions, b, dirs, rows, inside, sb, sn, sd, times, plus, least, most,
         D, PROJECTED, RESCALED,
     )  # fmt: skip
     slot = b.to(tl.int64) * count_l + dirs
@@ -340,7 +340,7 @@ def _line(directions, edges, slot, number, counters, bins, D: tl.constexpr):
 @triton.jit(do_not_specialize=["sn", "sw"])
 def shared_histogram_kernel(
     points, directions, weights, edges, histogram, poison, n, count_l, chunks, each,
-    sb, sn, sd, sw, bins, times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    sb, sn, sd, sw, bins, times: tl.float64, plus: tl.float64, least: tl.float64, most: tl.float64,
     D: tl.constexpr, RESCALED: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr,
     POINTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -380,10 +380,10 @@ def shared_histogram_kernel(
     for start in range(0, count, POINTS):
         valid = rows < count - start
         x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
-        x0 = _taken(x0, times, plus, low, high, RESCALED)
-        x1 = _taken(x1, times, plus, low, high, RESCALED)
-        x2 = _taken(x2, times, plus, low, high, RESCALED)
-        x3 = _taken(x3, times, plus, low, high, RESCALED)
+        x0 = _taken(x0, times, plus, least, most, RESCALED)
+        x1 = _taken(x1, times, plus, least, most, RESCALED)
+        x2 = _taken(x2, times, plus, least, most, RESCALED)
+        x3 = _taken(x3, times, plus, least, most, RESCALED)
         points += POINTS * sn.to(tl.int64)
         if weights is not None:
             weight = tl.load(weights, mask=valid, other=0.0)
@@ -424,7 +424,7 @@ def shared_histogram_kernel(
         if weights is None:
             # What was read past the end of the chunk were zeros, which don't count.
             theta0, theta1, theta2, theta3, scale, offset, counters = lines[7 * g : 7 * g + 7]
-            zero = _taken(theta0 * 0.0, times, plus, low, high, RESCALED)
+            zero = _taken(theta0 * 0.0, times, plus, least, most, RESCALED)
             value = _dot(zero, zero, zero, zero, theta0, theta1, theta2, theta3, D)
             bin_of_zero = _bins(value, scale, offset, bins)
             extra = tl.cdiv(count, POINTS) * POINTS - count
@@ -626,7 +626,7 @@ def _await_copies(OPEN: tl.constexpr):
 def backward_kernel(
     grad, points, directions, weights, table, edges, out, n, count_l, blocks,
     sb, sn, sd, ob, on, od, sw, bins,
-    times: tl.float64, plus: tl.float64, low: tl.float64, high: tl.float64,
+    times: tl.float64, plus: tl.float64, least: tl.float64, most: tl.float64,
     D: tl.constexpr, RESCALED: tl.constexpr, TABLES: tl.constexpr, CHUNKS: tl.constexpr,
     POINTS: tl.constexpr,
 ):  # fmt: skip
@@ -645,17 +645,17 @@ def backward_kernel(
     x0, x1, x2, x3 = _coordinates(points, valid, sd, D, REAL)
     if RESCALED:
         # A bit for each coordinate: one register, where they would take as many as there are.
-        passing = _passes_on(x0, times, plus, low, high)
+        passing = _passes_on(x0, times, plus, least, most)
         if D > 1:
-            passing |= _passes_on(x1, times, plus, low, high) << 1
+            passing |= _passes_on(x1, times, plus, least, most) << 1
         if D > 2:
-            passing |= _passes_on(x2, times, plus, low, high) << 2
+            passing |= _passes_on(x2, times, plus, least, most) << 2
         if D > 3:
-            passing |= _passes_on(x3, times, plus, low, high) << 3
-        x0 = _taken(x0, times, plus, low, high, RESCALED)
-        x1 = _taken(x1, times, plus, low, high, RESCALED)
-        x2 = _taken(x2, times, plus, low, high, RESCALED)
-        x3 = _taken(x3, times, plus, low, high, RESCALED)
+            passing |= _passes_on(x3, times, plus, least, most) << 3
+        x0 = _taken(x0, times, plus, least, most, RESCALED)
+        x1 = _taken(x1, times, plus, least, most, RESCALED)
+        x2 = _taken(x2, times, plus, least, most, RESCALED)
+        x3 = _taken(x3, times, plus, least, most, RESCALED)
     sum0 = tl.zeros([POINTS], REAL)
     sum1 = sum0
     sum2 = sum0
@@ -945,8 +945,10 @@ def _histogram(
     group = _directions_shared(directions, weights, bins)
     if group:
         long, registers = SHARED_HISTOGRAM_POINTS, SHARED_HISTOGRAM_REGISTERS
+        if rescale is not None:
+            long //= 2  # spills on some chips otherwise
         if weights is not None:
-            long, registers = long // 2, SHARED_HISTOGRAM_REGISTERS_WEIGHTED
+            long, registers = SHARED_HISTOGRAM_POINTS // 2, SHARED_HISTOGRAM_REGISTERS_WEIGHTED
         groups = triton.cdiv(count_l, group)
         programs = SHARED_HISTOGRAM_PROGRAMS * chips.multiprocessors(points)
         chunks = max(1, min(programs // (groups * batch), triton.cdiv(count_n, long)))
