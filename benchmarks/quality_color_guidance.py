@@ -130,7 +130,7 @@ LEAST_SHARE, NEAR = 0.05, world.CONTRAST
 INNER_STEPS = 8  # of the published method for SDXL
 GUIDED = 28 / 30  # of its steps
 # Of the published learning rate: what --tune tries, and what the published method has in the study.
-FACTORS = (1 / 4, 1 / 2, 1, 2, 4, 8)
+FACTORS = (1, 2, 4, 8, 16, 32)
 PUBLISHED_FACTOR = 1
 
 Reference = np.ndarray | sdcore.Palette

@@ -42,6 +42,7 @@ class Graphs:
 
     It is called, and the reason logged once, where tensors are not on a GPU, where ``state`` says
     so, where it waits for the GPU, and where a capture fails. Threads and streams take turns.
+    PyTorch forbids that other threads draw from its generator on the GPU while one captures.
 
     Args:
         function: what to capture.

@@ -1565,7 +1565,8 @@ def test_rescaled_on_a_gpu_makes_no_copy(
 
         with sdcore.backend(name):
             value, grad = work()
-            assert grad.stride() == leaf.stride() and grad.dtype == dtype
+            # Of the one picture the first stride says nothing.
+            assert grad.stride()[1:] == leaf.stride()[1:] and grad.dtype == dtype
             plain = image.detach().requires_grad_()
             wanted = sliced_wasserstein(
                 composed(plain, (0.5, 0.5), (0, 1)).flatten(2).mT, colors, **options
