@@ -94,8 +94,11 @@ def test_half_types_are_rounded_once(platform: Platform) -> None:
     off = (found.float() - wanted.float()).abs()
     # Float32 itself is rounded, and may fall on the other side of a half.
     assert (off > 0).double().mean() < 1e-2
-    half = torch.finfo(torch.half)
-    assert (off <= 2 * half.eps * wanted.float().abs().clamp(min=half.smallest_normal)).all()
+    # And where a gate is far below zero, 1 + erf has few of its digits left.
+    half, values, gates = torch.finfo(torch.half), *x.float().chunk(2, -1)
+    allowed = 2 * half.eps * wanted.float().abs().clamp(min=half.smallest_normal)
+    lost = 4 * torch.finfo(torch.float).eps * (values * gates).abs()
+    assert (off <= allowed + lost).all()
 
 
 @pytest.mark.parametrize("platform", ALL)
