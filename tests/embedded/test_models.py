@@ -18,6 +18,7 @@ from sdcore.embedded import checksums, reader, world
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import diffusers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -154,7 +155,7 @@ def test_color_writes_a_picture_a_figure_and_a_report(
     asked = ["color", "--prompt", "a red circle", "--steps", "3", "--inner", "2"]
     asked += ["--model", str(trained / "models" / "v1"), "--device", "cpu"]
     assert cli.main([*asked, "--palette", "#000000,#102030:2", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.partition("\n{")[2].join(("{", "")))
+    report = json.loads(capsys.readouterr().out)
     (guided,) = report["sliced_w1"]["guided"]
     assert guided < report["sliced_w1"]["without"]
     # By other directions.
@@ -173,6 +174,20 @@ def test_color_writes_a_picture_a_figure_and_a_report(
     first, second = (images.read(Path(f"light-{number}.png")) for number in (1, 2))
     assert not first.equal(dark)
     assert not first.equal(second)
+
+
+def test_color_takes_models_whose_scheduler_does_not_follow(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(trained / "models" / "v1")
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "model")
+    asked = ["color", "--prompt", "a red circle", "--steps", "2", "--inner", "1", "--no-figure"]
+    asked += ["--model", "model", "--palette", "#000,#fff", "--device", "cpu"]
+    assert cli.main(asked) == 0
+    assert "DDIM steps in the place of PNDMScheduler" in capsys.readouterr().out
+    assert images.read(Path("color.png")).shape == (128, 128, 3)
 
 
 @pytest.mark.parametrize(
