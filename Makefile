@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-gpu bench clean FORCE
 
 help:
-	@echo "make demo      install into .venv, recolor a picture, leave the results in demo/"
+	@echo "make demo      install into .venv, recolor a picture, make one in a photo's colors, see demo/"
 	@echo "make test      lint, tests, Triton's interpreter, ahead-of-time compilation; no GPU needed"
 	@echo "make test-gpu  build and test with the Python, torch and nvcc of this machine, on its GPU"
 	@echo "make bench     run the benchmarks on this machine"
@@ -24,9 +24,12 @@ help:
 demo: $(VENV)/installed
 	mkdir -p demo
 	$(BIN)/sdcore recolor --output demo/recolored.png --figure demo/recolor.png
+	$(BIN)/sdcore color --reference coffee --prompt "a red circle left of a blue square" --seed 3 \
+	  --output demo/colored.png --figure demo/color.png
 	@echo
-	@echo "The recolored picture:       $(CURDIR)/demo/recolored.png"
-	@echo "Before, after and palettes:  $(CURDIR)/demo/recolor.png"
+	@echo "Pictures before and after, with their colors, in $(CURDIR)/demo:"
+	@echo "  recolor.png   a photo in the colors of another (alone: recolored.png)"
+	@echo "  color.png     a picture made in the colors of a photo (alone: colored.png)"
 
 # The interpreter replaces Triton's compiler when Triton is imported: hence a process of its own.
 test: $(VENV)/installed

@@ -487,7 +487,8 @@ def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> li
     with handle, tqdm(total=args.steps, unit="step", disable=args.quiet or args.json) as bar:
 
         def show(_: Any, step: int, *rest: Any) -> dict[str, Any]:
-            bar.set_postfix_str(f"distance {guidance.losses[-1][-1]:.4f}", refresh=False)
+            # The loss has three axes of each rotation.
+            bar.set_postfix_str(f"distance {guidance.losses[-1][-1] / 3:.4f}", refresh=False)
             bar.update()
             return {}
 
@@ -513,7 +514,8 @@ def _draw_colors(
     }
     palettes = [Palette.from_image(plain), palette, Palette.from_image(guided)]
     caption = f"sliced W1 to the reference: {distances[0]:.4f} → {distances[1]:.4f}"
-    _save(figures.draw_colors(shown, palettes, guidance.losses, caption), path)
+    curves = [[loss / 3 for loss in some] for some in guidance.losses]
+    _save(figures.draw_colors(shown, palettes, curves, caption), path)
 
 
 def _regions(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def draw_recolor(source: Tensor, reference: Tensor, result: Tensor, caption: str
 def draw_colors(
     shown: dict[str, Tensor],
     palettes: Sequence[Palette],
-    losses: Sequence[Sequence[float]],
+    distances: Sequence[Sequence[float]],
     caption: str,
 ) -> Figure:
     """Pictures [H, W, 3] above their palettes: without guidance, the reference (a strip of its
@@ -81,7 +81,7 @@ def draw_colors(
         for name, palette in zip(shown, palettes, strict=True)
     }
     _draw_distributions(left, images, "the channels' distributions")
-    _draw_descent(right, losses)
+    _draw_descent(right, distances)
     bottom.text(0.5, 0.02, caption, ha="center", va="bottom", color=INK, fontsize=10)
     return figure
 
@@ -106,11 +106,11 @@ def _draw_palette(axes: Any, palette: Palette) -> None:
     axes.axis("off")
 
 
-def _draw_descent(panel: SubFigure, losses: Sequence[Sequence[float]]) -> None:
+def _draw_descent(panel: SubFigure, distances: Sequence[Sequence[float]]) -> None:
     axes = panel.subplots()
     panel.subplots_adjust(0.16, 0.26, 0.94, 0.93)
     panel.suptitle("distance to the reference", color=INK, fontsize=12, y=1.02)
-    for step, inner in enumerate(losses):
+    for step, inner in enumerate(distances):
         at = [step + number / len(inner) for number in range(len(inner))]
         axes.plot(at, inner, color=LINES[0], linewidth=1.3)
     axes.set_xlabel("step", color=INK)
