@@ -168,8 +168,7 @@ class ColorGuidance(Method):
         self._copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
 
     def begin(self, run: Run) -> None:
-        state = self._last = run.of(self)
-        pipe = run.pipe
+        state, pipe = run.of(self), run.pipe
         # A method further out may have changed what the UNet does, and change it again in the run.
         others = (type(one) for one in run.methods if one is not self)
         alone = all(one.denoise is Method.denoise for one in others)
@@ -179,6 +178,7 @@ class ColorGuidance(Method):
         state.frozen = contextlib.ExitStack()
         state.timesteps, state.clock = [], _Clock(plain(pipe.unet).device)
         state.outer, self._here.state = getattr(self._here, "state", None), state
+        self._last = state
         state.vae = state.pipes_vae = pipe.vae
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
             state.vae = self._upcast(pipe.vae)
@@ -252,7 +252,7 @@ class ColorGuidance(Method):
         if state is None:
             return None
         return {
-            "timesteps": [float(one) for one in state.timesteps],
+            "timesteps": [float(torch.as_tensor(one).flatten()[0]) for one in state.timesteps],
             "losses": [list(some) for some in state.taken],
             "distances": None if state.distances is None else state.distances.tolist(),
             "seconds": state.clock.seconds(),

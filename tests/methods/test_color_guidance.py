@@ -410,6 +410,21 @@ def test_with_other_methods(tokens: Any) -> None:
     assert len(others[2].records) == pipelines.STEPS
 
 
+def test_with_what_another_model_adds(tokens: Any) -> None:
+    pipe, adapted = (pipelines.pipeline("SD", "text-to-image", tokens) for _ in range(2))
+    with torch.no_grad():
+        adapted.unet.conv_out.bias += 0.2
+    delta = sdcore.DeltaSampling(pipe, adapted, strength=0.5)
+    with sdcore.patch(pipe, delta):
+        before = pipelines.images(pipe, "text-to-image")
+    with sdcore.patch(pipe, delta, ColorGuidance(PALETTE, **FEW)):
+        found = pipelines.images(pipe, "text-to-image")
+    assert off(found) < off(before)
+    with pytest.raises(ValueError, match="DeltaSampling must lie further in than ColorGuidance"):
+        sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW), delta)
+    assert not torch.allclose(before, pipelines.images(pipe, "text-to-image"), atol=1e-3)
+
+
 def test_weights_are_frozen_for_the_run_alone(tokens: Any) -> None:
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     kept = pipe.vae.decoder.conv_in.bias.requires_grad_(False)
