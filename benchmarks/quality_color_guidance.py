@@ -4,6 +4,7 @@ they still show what the prompt says.
 ``python -m benchmarks.quality_color_guidance [--device cuda] [--count 200] [--csv FILE]
 [--figure FILE] [--pictures FOLDER [--pictures-only]] [--ways PART …] [--steps N] [--points N]``
 ``python -m benchmarks.quality_color_guidance --metrics-of FOLDER [--csv FILE] [--figure FILE]``
+``python -m benchmarks.quality_color_guidance --metrics-of FOLDER --sheets FOLDER``
 ``python -m benchmarks.quality_color_guidance --tune [--device cuda] [--count 24] [--ways PART …]``
 
 Pairs of a prompt and a reference, with the embedded v2, 20 steps of its DDIM and guidance of 4. All
@@ -23,8 +24,8 @@ colors. Ways that take images are given those, and ColorGuidance the crop or the
 Ways:
   unguided
   published: SW-Guidance as its authors' code has it: plain gradient descent, sorted bootstraps of
-    the pixels' projections, the UNet and the decoder differentiated; with a learning rate that
-    ``--tune`` found. Pictures are descended together, by the sum of their losses, each with
+    the pixels' projections, the UNet and the decoder differentiated; with PUBLISHED_FACTOR of the
+    published learning rate. Pictures are descended together, by the sum of their losses, each with
     rotations and bootstraps of its own: the gradients are those of each picture alone.
   quality, fast: sdcore.ColorGuidance with that preset
   mean-covariance transfer: the unguided picture, its colors moved by the linear map between
@@ -43,6 +44,11 @@ bootstrap), and ratios of these means to unguided (of the bootstrap over pairs o
   colors too: the same with colors, of those captions alone whose colors the reference has: for
     each of them, 5 % of its pixels are within 0.3 of what that color is in the world
 
+  by eye: shapes and places as someone saw them, of LABELED pairs, who had neither the prompts nor
+    which way had made a picture: ``--sheets FOLDER`` writes the pictures, shuffled and numbered, to
+    be labeled, and ``--labels FILE`` has what was seen. The reader looks for things on smooth
+    backgrounds, and misses them on those that guidance makes.
+
 ``--tune`` tries learning rates on other pairs, as factors of the published one, which belongs to
 the size: 100 · 32² / 96² for these latents. In the study the presets have the learning rate that
 they come with.
@@ -54,6 +60,7 @@ not wait for them: ``--pictures FOLDER --pictures-only`` there, ``--metrics-of F
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
 import math
@@ -77,6 +84,7 @@ import sdcore
 from benchmarks import measure
 from benchmarks.baselines import sw_guidance
 from benchmarks.bench_region_attention import wilson
+from benchmarks.reader_agreement import save_sheets
 from sdcore import embedded, figures
 from sdcore.embedded import evaluate, reader, world
 from sdcore.methods.color_guidance import PUBLISHED_LATENTS, PUBLISHED_RATE, frozen
@@ -504,13 +512,64 @@ def _has(reference: np.ndarray, color: str) -> bool:
     return bool((gap < NEAR).mean() >= LEAST_SHARE)
 
 
+LABELED = 60  # pairs, the first
+SEEN = ("unguided", "published", "quality", "fast")
+SHEET, SCALE = (4, 6), 1.75  # rows and columns, and pixels for one
+
+
+def shuffled() -> list[tuple[str, int]]:
+    """Way and pair of each picture that is labeled, in order of their numbers."""
+    order = [(way, pair) for way in SEEN for pair in range(LABELED)]
+    random.Random(SEED).shuffle(order)
+    return order
+
+
+def _numbered(pictures: dict[str, np.ndarray]) -> list[Tensor]:
+    found = [pictures[way][pair] for way, pair in shuffled()]
+    return [torch.from_numpy(one).permute(2, 0, 1) / 255 for one in found]
+
+
+def by_eye(labels: Path, given: Sequence[Asked]) -> dict[str, list[bool]]:
+    """Of each way, whether shapes and places are right, of the pairs that are labeled. A line of
+    the labels tells a picture's number and what is seen: "circle top left; star right"."""
+    with labels.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    order = shuffled()
+    if [int(row["picture"]) for row in rows] != list(range(1, len(order) + 1)):
+        raise SystemExit(f"{labels} must have a line for each of {len(order)} pictures, in order")
+    right: dict[str, list[bool]] = {way: [] for way in SEEN}
+    for row, (way, pair) in zip(rows, order, strict=True):
+        right[way].append(_shapes_right(_labeled(row["by eye"]), given[pair]))
+    return right
+
+
+def _labeled(text: str) -> reader.Reading:
+    things = []
+    for one in filter(None, map(str.strip, text.split(";"))):
+        shape, cell = one.split(" ", 1)
+        if shape not in (*world.SHAPES, reader.NONE) or cell not in world.CELLS:
+            raise SystemExit(f"not a shape and a place: {one!r}")
+        row, column = divmod(world.CELLS.index(cell), 3)
+        things.append(
+            reader.Seen(
+                shape, "", "", "plain", (column + 0.5) / 3, (row + 0.5) / 3, 0.1, {"style": 1.0}
+            )
+        )
+    return reader.Reading(tuple(things))
+
+
 # ---------------------------------------------------------------------------------------------
 # Reports
 
 
 def table(
-    scores: Scores, pictures: dict[str, np.ndarray], given: Sequence[Asked], pixels: np.ndarray
+    scores: Scores,
+    pictures: dict[str, np.ndarray],
+    given: Sequence[Asked],
+    pixels: np.ndarray,
+    seen: dict[str, list[bool]] | None = None,
 ) -> list[dict[str, Any]]:
+    """``seen``: what :func:`by_eye` returned."""
     lines = []
     for way, metrics in scores.items():
         line: dict[str, Any] = {"way": way, "pairs": len(given)}
@@ -519,6 +578,8 @@ def table(
         judged = captions(pictures[way], given, pixels) if way in pictures else ([], [])
         for name, right in zip(("shapes and places", "colors too"), judged, strict=True):
             line |= _share(name, right)
+        if seen is not None:
+            line |= _share("by eye", seen.get(way, []))
         lines.append(line)
     return lines
 
@@ -677,6 +738,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="save all pictures in this folder")
     parser.add_argument("--pictures-only", action="store_true", help="leave it at that")
     parser.add_argument("--metrics-of", type=Path, help="of the pictures in this folder")
+    parser.add_argument("--sheets", type=Path, help="write pictures there, to be labeled")
+    parser.add_argument("--labels", type=Path, help="what was seen on them")
     parser.add_argument("--tune", action="store_true")
     given = parser.parse_args()
     if given.pictures_only and (not given.pictures or given.tune or given.metrics_of):
@@ -690,8 +753,12 @@ def main() -> None:
         if given.pictures_only:
             return
         of = asked(len(pixels), SEED)
+        if given.sheets:
+            save_sheets(_numbered(pictures), given.sheets, SHEET, SCALE)
+            return
+        seen = by_eye(given.labels, of) if given.labels else None
         scores = distances(pictures, pixels, given.points, given.device)
-        lines = table(scores, pictures, of, pixels)
+        lines = table(scores, pictures, of, pixels, seen)
         if given.figure:
             given.figure.parent.mkdir(parents=True, exist_ok=True)
             draw(scores, pictures, of, pixels).savefig(given.figure)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -78,10 +79,15 @@ def pictures() -> tuple[list[str], list[str], list[Tensor]]:
     return names, prompts, images
 
 
-def save_sheets(images: list[Tensor], folder: Path) -> None:
-    """Numbered from 1, with marks at thirds of the sides."""
-    rows, columns = SHEET
-    side = int(SCALE * world.SIZE)
+def save_sheets(
+    images: Sequence[Tensor],
+    folder: Path,
+    sheet_of: tuple[int, int] = SHEET,
+    scale: float = SCALE,
+) -> None:
+    """Numbered from 1, with marks at thirds of the sides. ``sheet_of``: rows and columns."""
+    rows, columns = sheet_of
+    side = int(scale * world.SIZE)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(images), rows * columns):
         sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")

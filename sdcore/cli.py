@@ -438,6 +438,7 @@ def _color(args: argparse.Namespace) -> None:
         report = {
             "pictures": list(map(str, outputs)),
             "figure": None if args.figure is None else str(args.figure),
+            "scheduler": type(pipe.scheduler).__name__,
             "sliced_w1": {"without": before, "guided": after},
             **(guidance.report() or {}),
         }

@@ -255,7 +255,8 @@ class _Listening:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._heard: dict[int, list[str]] = {}  # by thread
-        self._outer = contextlib.ExitStack()
+        self._mode: Any = 0  # as it was
+        self._show: Callable[..., Any] = warnings.showwarning
 
     @contextlib.contextmanager
     def waiting_is_an_error(self) -> Iterator[None]:
@@ -272,24 +273,33 @@ class _Listening:
                 if outer is not None:
                     self._heard[here] = outer + heard
                 if not self._heard:
-                    self._outer.close()
+                    self._end()
         if heard:
             raise RuntimeError(heard[0])
 
+    # Not by warnings.catch_warnings, whose blocks in two threads undo each other.
     def _begin(self) -> None:
-        self._outer.enter_context(warnings.catch_warnings())
+        # It stays: warnings of this kind are there for those alone who ask for them.
         warnings.filterwarnings("always", message=WAITED)
-        show = warnings.showwarning
-
-        def hear(message: Warning | str, *where: Any, **more: Any) -> None:
-            if not str(message).startswith(WAITED):
-                show(message, *where, **more)
-            elif (heard := self._heard.get(threading.get_ident())) is not None:
-                heard.append(str(message))
-
-        warnings.showwarning = hear
-        self._outer.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+        if warnings.showwarning != self._hear:
+            self._show, warnings.showwarning = warnings.showwarning, self._hear
+        self._mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
+
+    def _end(self) -> None:
+        torch.cuda.set_sync_debug_mode(self._mode)
+        if warnings.showwarning == self._hear:
+            warnings.showwarning = self._show
+
+    def _hear(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        if str(message).startswith(WAITED):
+            heard = self._heard.get(threading.get_ident())
+            if heard is not None:
+                heard.append(str(message))
+                return
+            if self._heard and self._mode == 0:  # nobody else asked for it
+                return
+        self._show(message, *where, **more)
 
 
 _listening = _Listening()

@@ -393,7 +393,7 @@ class Handle:
 
     def report(self) -> dict[str, Any]:
         """What the methods tell of the run that began last, by their class's name, of those that
-        tell something."""
+        tell something, which is ColorGuidance."""
         told = {type(method).__name__: method.report() for method in self.methods}
         return {name: one for name, one in told.items() if one is not None}
 
@@ -426,8 +426,8 @@ def patch(pipe: Any, *methods: Method) -> Handle:
     Raises:
         TypeError: the pipeline lacks something, something is no method, or a method works on
             pipelines alone; it says which.
-        ValueError: no methods; one of a class that is on already; or two that claim
-            the same, such as to mask the cross-attention.
+        ValueError: no methods; one of a class that is on already; two that claim the same, such as
+            to mask the cross-attention; or one that must lie further in than another.
         Whatever a method's ``check`` raises. The pipeline is then as it was.
     """
     if not methods:

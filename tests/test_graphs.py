@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+import sdcore
 from sdcore import graphs
 
 gpu = pytest.mark.gpu
@@ -282,27 +283,52 @@ def test_random_numbers_differ_from_replay_to_replay() -> None:
 
 
 def test_waiting_is_heard_where_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of other threads it is none, and nothing stays as it was set."""
+    """Of other threads it is none, and nothing stays as it was set, also where a block of another
+    thread's that catches warnings ends in between."""
     mode = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
-    shows, listening = warnings.showwarning, graphs._Listening()
+    listening = graphs._Listening()
 
     def wait() -> None:
         assert mode == ["warn"]
         warnings.warn(graphs.WAITED, stacklevel=1)
 
-    with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
-        wait()
-    with listening.waiting_is_an_error():
-        other = threading.Thread(target=wait)
-        other.start()
-        other.join()
-    with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
-        wait()
+    with warnings.catch_warnings(record=True) as others:
+        shows = warnings.showwarning
+        with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
+            wait()
         with listening.waiting_is_an_error():
-            pass
-    assert (mode, warnings.showwarning) == ([0], shows)
+            other = threading.Thread(target=wait)
+            other.start()
+            other.join()
+        with pytest.raises(RuntimeError, match=graphs.WAITED), listening.waiting_is_an_error():
+            wait()
+            with listening.waiting_is_an_error():
+                pass
+        assert (mode, warnings.showwarning, others) == ([0], shows, [])
+        with warnings.catch_warnings():
+            listens = listening.waiting_is_an_error()
+            listens.__enter__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+        listens.__exit__(None, None, None)
+        assert (mode, warnings.showwarning) == ([0], shows)
+        warnings.warn("something else", stacklevel=1)
+        assert [str(one.message) for one in others] == ["something else"]
+
+
+def test_what_a_process_has_set_is_in_the_key() -> None:
+    before = graphs._modes()
+    with sdcore.backend("reference"):
+        assert graphs._modes() != before
+    assert graphs._modes() == before
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = not allowed
+    try:
+        assert graphs._modes() != before
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @gpu

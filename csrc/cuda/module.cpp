@@ -115,8 +115,9 @@ void solve(const HistogramsArgument& x, const HistogramsArgument& y, bool one_y,
 }
 
 void gather(Address grad, std::array<int64_t, 2> grad_stride, const PointsArgument& points,
-            const RescaleArgument& rescale, const DirectionsArgument& directions, Address weights, double mass, Address table,
-            Address edges, int64_t bins, const PointsArgument& out, const PlaceArgument& place) {
+            const RescaleArgument& rescale, const DirectionsArgument& directions,
+            Address weights, double mass, Address table, Address edges, int64_t bins,
+            const PointsArgument& out, const PlaceArgument& place) {
   const sdcore::GatherArguments arguments{
       at<void>(grad),      {grad_stride[0], grad_stride[1]}, to_points(points),
       to_rescale(rescale), to_directions(directions),        at<double>(weights),

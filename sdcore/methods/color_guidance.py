@@ -10,17 +10,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcore import graphs
+from sdcore.methods.cross_attention import turn
 from sdcore.methods.fast_decoder import FastDecoder, is_offloaded
 from sdcore.methods.fast_geglu import FastGEGLU
 from sdcore.methods.fast_norms import FastNorms
@@ -91,8 +92,8 @@ class ColorGuidance(Method):
         seed: of the rotations; None for that of the (first) ``generator`` that the pipeline is
             called with, or else ``torch.initial_seed()``.
         graph: on a GPU capture an inner step as one CUDA graph, which serves all of them, and the
-            pipeline's own calls of the UNet as another, unless another method lies between this
-            one and the UNet, or the loss is "published". They keep the memory that an inner step
+            pipeline's own calls of the UNet as another, unless another method is around these
+            calls, too, or the loss is "published". They keep the memory that an inner step
             needs, and the UNet's convolutions their weights channels-last, until the method is
             removed.
 
@@ -104,14 +105,16 @@ class ColorGuidance(Method):
     Weights, adapters and what else changes a model are looked at when a run begins.
 
     ``losses`` has, for each guided step of the run that began last, so far, the means of L over
-    pictures: one for each inner step, before its update. :meth:`report`, or that of what
-    ``sdcore.patch`` returned, has more.
+    pictures, which is three times a sliced W1: one for each inner step, before its update.
+    :meth:`report`, or that of what ``sdcore.patch`` returned, has more.
 
     Raises:
-        TypeError, ValueError: an argument that the above rules out. When a run begins: references
-            that are not as many as pictures, models that are moved out of the GPU in turn
-            (``enable_model_cpu_offload``), a scheduler of which no move of the sample is followed.
-        FloatingPointError: a loss that is not finite, with the step.
+        TypeError, ValueError: an argument that the above rules out. When a run begins: models whose
+            weights are moved or cast between calls (``enable_model_cpu_offload``, layerwise
+            casting), were loaded within ``torch.inference_mode``, or checkpoint gradients where
+            other methods are around the UNet; a scheduler of which no move of the sample is
+            followed. At its first step: references that are not as many as pictures.
+        FloatingPointError: a loss or a gradient that is not finite, with the step.
         RuntimeError: ``torch.inference_mode``.
 
     Source: Lobashev, Larchenko, Guskov, *Color Conditional Generation with Sliced Wasserstein
@@ -159,13 +162,16 @@ class ColorGuidance(Method):
         self.unet_gradient, self.loss = chosen["unet_gradient"], chosen["loss"]
         self.seed, self.graph = seed, bool(graph)
         self.losses: list[list[float]] = []
-        self._last: SimpleNamespace | None = None
+        self._last: _Told | None = None
         self._here = threading.local()  # whose run decodes
         self._decoder, self._within_a_graph = FastDecoder(graph=graph), FastDecoder(graph=False)
         self._norms, self._gates = FastNorms(), FastGEGLU()
         self._graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
         # Copies of VAEs in float32, and of which weights.
         self._copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
+        # Each pipeline's models that there are graphs and copies of: it may have others by the end.
+        self._guided: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
+        self._used: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
 
     def begin(self, run: Run) -> None:
         state, pipe = run.of(self), run.pipe
@@ -173,15 +179,15 @@ class ColorGuidance(Method):
         others = (type(one) for one in run.methods if one is not self)
         alone = all(one.denoise is Method.denoise for one in others)
         _check_models(pipe, alone)
-        state.palettes = state.generator = state.graphs = state.distances = None
-        state.taken = self.losses = []
+        state.palettes = state.generator = state.graphs = None
         state.frozen = contextlib.ExitStack()
-        state.timesteps, state.clock = [], _Clock(plain(pipe.unet).device)
         state.outer, self._here.state = getattr(self._here, "state", None), state
-        self._last = state
+        # Of the run what report() tells, and none of its models.
+        state.told = self._last = _Told(_Clock(plain(pipe.unet).device))
+        self.losses = state.told.losses
         state.vae = state.pipes_vae = pipe.vae
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
-            state.vae = self._upcast(pipe.vae)
+            state.vae = self._upcast(pipe)
         for part in (pipe.unet, state.vae):
             state.frozen.enter_context(frozen(part))
         if (
@@ -190,17 +196,17 @@ class ColorGuidance(Method):
             and alone
             and plain(pipe.unet).device.type == "cuda"
         ):
-            state.graphs = self._graphs_of(pipe.unet, state.vae)
+            state.graphs = self._graphs_of(pipe, state.vae)
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
         state = call.run.of(self)
         if state.palettes is None:
             self._prepare(state, call)
         if call.progress < self.guided_fraction:
-            with torch.enable_grad(), state.clock.part("guidance"):
+            with torch.enable_grad(), state.told.clock.part("guidance"):
                 u = self._control(state, call, proceed)
             call = call.moved(u)
-        with state.clock.part("prediction"):
+        with state.told.clock.part("prediction"):
             if state.graphs is not None and graphs.fits(call.options):
                 return state.graphs.predicted(call)
             return proceed(call)
@@ -210,34 +216,29 @@ class ColorGuidance(Method):
         fast = (
             self._decoder.within(state.pipes_vae) if latents.is_cuda else contextlib.nullcontext()
         )
-        with state.clock.part("decoding"), fast:
+        with state.told.clock.part("decoding"), fast:
             pictures = proceed(latents)
         if state.palettes is not None and len(state.palettes) in (1, len(pictures)):
-            state.distances = self._distances(pictures, state.palettes)
+            state.told.distances = _distances(pictures, state.palettes)
         return pictures
 
     def end(self, run: Run, error: BaseException | None) -> None:
         state = run.of(self)
         if hasattr(state, "outer"):
             self._here.state = state.outer
-            state.clock.stop()
+            state.told.clock.stop()
             state.frozen.close()
-
-    def _distances(self, pictures: Tensor, palettes: list[Any]) -> Tensor:
-        generator = torch.Generator(pictures.device).manual_seed(0)
-        rotations = random_rotations(
-            REPORTED_ROTATIONS, 3, device=pictures.device, generator=generator
-        )
-        return _losses(pictures, rotations.flatten(0, 1), palettes, "exact") / 3
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
-        unet, vae = (plain(getattr(pipe, name, None)) for name in ("unet", "vae"))
-        if isinstance(vae, nn.Module):
-            self._copies.pop(vae, None)
-        kept = self._graphs.pop(unet, None) if isinstance(unet, nn.Module) else None
-        if kept is not None:
-            kept.clear()
+        for vae in self._used.pop(pipe, ()):
+            found = self._copies.pop(vae, None)
+            if found is not None:
+                self._decoder.removed(found[1])
+        for unet in self._guided.pop(pipe, ()):
+            kept = self._graphs.pop(unet, None)
+            if kept is not None:
+                kept.clear()
 
     def report(self) -> dict[str, Any] | None:
         """Of the run that began last; None before the first.
@@ -248,14 +249,14 @@ class ColorGuidance(Method):
             ``seconds``: of the inner steps ("guidance"), of the pipeline's own calls of the UNet
             ("prediction"), of its "decoding", and the "total". On a GPU this waits for it.
         """
-        state = self._last
-        if state is None:
+        told = self._last
+        if told is None:
             return None
         return {
-            "timesteps": [float(torch.as_tensor(one).flatten()[0]) for one in state.timesteps],
-            "losses": [list(some) for some in state.taken],
-            "distances": None if state.distances is None else state.distances.tolist(),
-            "seconds": state.clock.seconds(),
+            "timesteps": [float(torch.as_tensor(one).flatten()[0]) for one in told.timesteps],
+            "losses": [list(some) for some in told.losses],
+            "distances": None if told.distances is None else told.distances.tolist(),
+            "seconds": told.clock.seconds(),
         }
 
     def _prepare(self, state: SimpleNamespace, call: Call) -> None:
@@ -282,18 +283,27 @@ class ColorGuidance(Method):
         state.generator.manual_seed(_seed(call.run) if self.seed is None else self.seed)
         state.scaling = _scaling(state.vae, device)
 
-    def _upcast(self, vae: Any) -> Any:
-        """A copy in float32, the same one as long as the weights are."""
-        key = tuple((one.data_ptr(), one._version) for one in vae.parameters())
-        kept = self._copies.get(vae)
-        if kept is None or kept[0] != key:
+    def _upcast(self, pipe: Any) -> Any:
+        """A copy in float32, always the same one: graphs have its addresses."""
+        vae = pipe.vae
+        self._used.setdefault(pipe, WeakSet()).add(vae)
+        weights = vae.state_dict()
+        key = tuple((one.data_ptr(), one._version) for one in weights.values())
+        before, found = self._copies.get(vae, (None, None))
+        if found is None or found.state_dict().keys() != weights.keys():
             found = copy.deepcopy(vae).float()
             vars(found).pop("decode", None)  # what replaced it is the original's own
-            kept = self._copies[vae] = key, found
-        return kept[1]
+        elif before != key:
+            # Diffusers itself casts the VAE to float32 and back whenever it decodes.
+            with torch.no_grad():
+                for name, one in found.state_dict().items():
+                    one.copy_(weights[name])
+        self._copies[vae] = key, found
+        return found
 
-    def _graphs_of(self, unet: Any, vae: Any) -> _Graphs:
-        unet = plain(unet)
+    def _graphs_of(self, pipe: Any, vae: Any) -> _Graphs:
+        unet = plain(pipe.unet)
+        self._guided.setdefault(pipe, WeakSet()).add(unet)
         kept = self._graphs.get(unet)
         if kept is None or kept.vae() is not vae:
             if kept is not None:
@@ -311,7 +321,6 @@ class ColorGuidance(Method):
         rate = self.learning_rate
         if rate is None:
             rate = PUBLISHED_RATE * math.prod(u.shape[2:]) / PUBLISHED_LATENTS
-        state.timesteps.append(call.timestep)
         rotations = random_rotations(
             self.inner_steps * self.rotations, 3, device=u.device, generator=state.generator
         )
@@ -346,7 +355,8 @@ class ColorGuidance(Method):
     def _check_finite(state: SimpleNamespace, call: Call, losses: list[Tensor], u: Tensor) -> None:
         """Asked once a step, since the host waits for it."""
         *values, last = torch.stack([*losses, u.sum()]).tolist()
-        state.taken.append(values)
+        state.told.timesteps.append(call.timestep)
+        state.told.losses.append(values)
         if all(map(math.isfinite, (*values, last))):
             return
         why = ""
@@ -418,9 +428,11 @@ class _Graphs:
         norms, gates = method._norms, method._gates
 
         def said(given: dict[str, Any]) -> Tensor:
-            unet = self.unet()
+            unet, options = self.unet(), dict(given)
+            # As pipelines call it: hooks find the sample among the positional arguments.
+            first = options.pop("sample"), options.pop("timestep")
             with norms.within(unet), gates.within(unet):
-                return unet(**given, return_dict=False)[0]
+                return unet(*first, **options, return_dict=False)[0]
 
         def inner_step(
             given: dict[str, Any], u: Tensor, x: Tensor, directions: Tensor, **settings: Any
@@ -465,12 +477,15 @@ class _Graphs:
         self, call: Call, u: Tensor, x: Tensor, directions: Tensor, settings: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """An inner step: u, the sample moved by it, and the loss before."""
-        return self.inner(self._given(call), u, x, directions, **settings)
+        # The UNet's turn first, as wherever its forwards are replaced, and then the graph's.
+        with turn(self.unet()):
+            return self.inner(self._given(call), u, x, directions, **settings)
 
     def predicted(self, call: Call) -> Tensor:
         """What the UNet says to the call that is passed on."""
         call.passed()
-        return self.prediction(self._given(call))
+        with turn(self.unet()):
+            return self.prediction(self._given(call))
 
     def _given(self, call: Call) -> dict[str, Any]:
         return {
@@ -481,13 +496,23 @@ class _Graphs:
         }
 
 
+@dataclass
+class _Told:
+    """Of one run, what is reported."""
+
+    clock: _Clock
+    timesteps: list[Any] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    distances: Tensor | None = None
+
+
 class _Clock:
     """Of the parts of a run: on a GPU by events, which nothing waits for until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began = time.perf_counter()
-        self._total: float | None = None
+        self._began = self._now()
+        self._ended: Any = None
         self._taken: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
@@ -497,14 +522,14 @@ class _Clock:
         self._taken.append((name, before, self._now()))
 
     def stop(self) -> None:
-        self._total = time.perf_counter() - self._began
+        self._ended = self._now()
 
     def seconds(self) -> dict[str, float]:
         found = dict.fromkeys(("guidance", "prediction", "decoding"), 0.0)
         for name, before, after in self._taken:
             found[name] += self._between(before, after)
-        now = time.perf_counter() - self._began
-        return found | {"total": now if self._total is None else self._total}
+        ended = self._now() if self._ended is None else self._ended
+        return found | {"total": self._between(self._began, ended)}
 
     def _now(self) -> Any:
         if self._device.type == "cuda":
@@ -566,6 +591,13 @@ def _losses(
             )
         )
     return 3 * torch.cat(found)
+
+
+def _distances(pictures: Tensor, palettes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Sliced W1 of each picture, by directions that are always the same."""
+    generator = torch.Generator(pictures.device).manual_seed(0)
+    rotations = random_rotations(REPORTED_ROTATIONS, 3, generator, device=pictures.device)
+    return _losses(pictures, rotations.flatten(0, 1), palettes, "binned") / 3
 
 
 def _bootstrapped(

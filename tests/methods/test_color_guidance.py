@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from typing import Any
 
 import accelerate
@@ -221,15 +223,19 @@ def test_what_a_graph_captures_is_the_same(
 
     def prepare(self, state, call):
         before(self, state, call)
-        state.graphs = self._graphs_of(call.run.pipe.unet, state.vae)
+        state.graphs = self._graphs_of(call.run.pipe, state.vae)
 
     before = ColorGuidance._prepare
     monkeypatch.setattr(ColorGuidance, "_prepare", prepare)
     guidance = ColorGuidance([PALETTE, PALETTE], **options)
+    asked: list[tuple[Any, ...]] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, args: asked.append(args[:2]))
     with sdcore.patch(pipe, guidance):
         found = pipelines.images(pipe, kind, num_images_per_prompt=2)
         assert len(guidance._graphs) == 1
+        hook.remove()
     steps = len(guidance.losses)
+    assert set(map(len, asked)) == {2}
     assert calls == {"moved_on": FEW["inner_steps"] * steps, "predicted": steps}
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert not guidance._graphs
@@ -252,8 +258,9 @@ def test_graphs_on_a_gpu(tokens: Any, family: str, monkeypatch: pytest.MonkeyPat
                 assert kept.inner.replays == FEW["inner_steps"] * pipelines.STEPS
                 assert kept.prediction.replays == pipelines.STEPS
                 assert [weight.stride() for weight in pipe.unet.parameters()] != strides
-            seconds = handle.report()["ColorGuidance"]["seconds"]
-            assert seconds["guidance"] > seconds["prediction"] > 0
+            *parts, total = handle.report()["ColorGuidance"]["seconds"].values()
+            assert parts[0] > parts[1] > 0
+            assert sum(parts) <= total
     assert [weight.stride() for weight in pipe.unet.parameters()] == strides
     torch.testing.assert_close(*found, rtol=0, atol=5e-3)
 
@@ -274,7 +281,7 @@ def test_report(tokens: Any) -> None:
     assert told["distances"] == pytest.approx(off(images).tolist(), rel=0.1)
     *parts, total = told["seconds"].values()
     assert all(one > 0 for one in parts)
-    assert 0.5 * total < sum(parts) < total
+    assert sum(parts) <= total
     assert json.loads(json.dumps(told)) == told
 
 
@@ -490,15 +497,32 @@ def test_a_vae_that_must_be_upcast(tokens: Any, monkeypatch: pytest.MonkeyPatch)
     pipe.vae.decode = decode.__get__(pipe.vae)
     guidance = ColorGuidance(PALETTE, **FEW)
     with sdcore.patch(pipe, guidance):
-        for _ in range(2):
-            pipelines.images(pipe, "text-to-image", output_type="latent")
-    assert len(used) == 2 * pipelines.STEPS * FEW["inner_steps"]
-    (copied,) = {one for one, _ in used}
+        pipelines.images(pipe, "text-to-image", output_type="latent")
+        assert {name: one.data_ptr() for name, one in pipe.vae.state_dict().items()} == before
+        # Diffusers casts the VAE itself to float32 and back: the weights have other addresses then.
+        pipelines.images(pipe, "text-to-image")
+        pipelines.images(pipe, "text-to-image")
+    inner = pipelines.STEPS * FEW["inner_steps"]
+    assert len(used) == 3 * inner + 2
+    copied, last = used[0][0], [used[2 * inner], used[-1]]
+    assert all(one is pipe.vae for one, _ in last)
     assert copied is not pipe.vae
+    assert sum(one is copied for one, _ in used) == 3 * inner
     assert {dtype for _, dtype in used} == {torch.float32}
     assert pipe.vae.dtype == torch.float16
-    assert {name: one.data_ptr() for name, one in pipe.vae.state_dict().items()} == before
     assert not guidance._copies
+
+
+def test_nothing_of_the_models_is_kept(tokens: Any) -> None:
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    guidance = ColorGuidance(PALETTE, **FEW)
+    with sdcore.patch(pipe, guidance):
+        pipelines.images(pipe, "text-to-image")
+    there = [weakref.ref(model) for model in (pipe.unet, pipe.vae)]
+    del pipe
+    gc.collect()
+    assert [one() for one in there] == [None, None]
+    assert guidance.report()["distances"]
 
 
 class Enlarging(torch.nn.Module):
