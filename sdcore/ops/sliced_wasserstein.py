@@ -88,10 +88,11 @@ def sliced_wasserstein(
             box, and a projection outside of it counts in the nearest end bin, in value and
             gradient. None: bins span the projections found.
         rescale: for ``binned`` with a ``value_range``, (a, b): x, and x alone, is taken as
-            clamp(a · x + b, low, high), in float32 (rounded once on a GPU, and after each operation
-            elsewhere, which is the same where a is a power of two). So a decoder's picture of [−1, 1] goes in as it is, [B, 3, H, W].flatten(2).mT of any of the
-            dtypes, with (0.5, 0.5), and no copy of it is made. The gradient has the factor a, and
-            is zero where clamp moved a coordinate.
+            clamp(a · x + b, low, high), in float32, rounded once on a GPU and after each operation
+            elsewhere, which is the same where a is a power of two. So a decoder's picture of
+            [−1, 1] goes in as it is, [B, 3, H, W].flatten(2).mT of any of the dtypes, with
+            (0.5, 0.5), and no copy of it is made. The gradient has the factor a, and is zero where
+            clamp moved a coordinate.
         reduction: over directions: ``"mean"``, ``"sum"``, or ``"none"`` for [..., L].
         generator: random source for directions, on the device of x.
 
