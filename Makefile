@@ -24,8 +24,8 @@ help:
 demo: $(VENV)/installed
 	mkdir -p demo
 	$(BIN)/sdcore recolor --output demo/recolored.png --figure demo/recolor.png
-	$(BIN)/sdcore color --reference coffee --prompt "a red circle left of a blue square" --seed 3 \
-	  --output demo/colored.png --figure demo/color.png
+	$(BIN)/sdcore color --reference coffee --prompt "a red circle left of a blue square" \
+	  --guidance 4 --seed 3 --output demo/colored.png --figure demo/color.png
 	@echo
 	@echo "Pictures before and after, with their colors, in $(CURDIR)/demo:"
 	@echo "  recolor.png   a photo in the colors of another (alone: recolored.png)"

@@ -24,10 +24,11 @@ colors. Ways that take images are given those, and ColorGuidance the crop or the
 Ways:
   unguided
   published: SW-Guidance as its authors' code has it: plain gradient descent, sorted bootstraps of
-    the pixels' projections, the UNet and the decoder differentiated; with PUBLISHED_FACTOR of the
-    published learning rate. Pictures are descended together, by the sum of their losses, each with
-    rotations and bootstraps of its own: the gradients are those of each picture alone.
-  quality, fast: sdcore.ColorGuidance with that preset
+    the pixels' projections, the UNet and the decoder differentiated. Pictures are descended
+    together, by the sum of their losses, each with rotations and bootstraps of its own: the
+    gradients are those of each picture alone.
+  quality, fast: sdcore.ColorGuidance with that preset; these and "published" with STUDIED of the
+    published learning rate for the size, 140 · 32² / 64² for these latents
   mean-covariance transfer: the unguided picture, its colors moved by the linear map between
     Gaussians (Monge's)
   histogram matching: the unguided picture, channel by channel
@@ -43,15 +44,12 @@ bootstrap), and ratios of these means to unguided (of the bootstrap over pairs o
     shapes, and if there are two, one beside the other as told; colors aside (Wilson's interval)
   colors too: the same with colors, of those captions alone whose colors the reference has: for
     each of them, 5 % of its pixels are within 0.3 of what that color is in the world
-
   by eye: shapes and places as someone saw them, of LABELED pairs, who had neither the prompts nor
     which way had made a picture: ``--sheets FOLDER`` writes the pictures, shuffled and numbered, to
     be labeled, and ``--labels FILE`` has what was seen. The reader looks for things on smooth
     backgrounds, and misses them on those that guidance makes.
 
-``--tune`` tries learning rates on other pairs, as factors of the published one, which belongs to
-the size: 100 · 32² / 96² for these latents. In the study the presets have the learning rate that
-they come with.
+``--tune`` tries factors of that rate on other pairs.
 
 W1 and W2 of 200 pairs take some 6000 s of CPU time, in one process for each core. So a GPU need
 not wait for them: ``--pictures FOLDER --pictures-only`` there, ``--metrics-of FOLDER`` elsewhere.
@@ -87,7 +85,7 @@ from benchmarks.bench_region_attention import wilson
 from benchmarks.reader_agreement import save_sheets
 from sdcore import embedded, figures
 from sdcore.embedded import evaluate, reader, world
-from sdcore.methods.color_guidance import PUBLISHED_LATENTS, PUBLISHED_RATE, frozen
+from sdcore.methods.color_guidance import frozen, published_rate
 from sdcore.ops import random_rotations, sliced_wasserstein
 
 SEED, TUNING_SEED = evaluate.SEED + 11, evaluate.SEED + 12
@@ -137,9 +135,9 @@ LEAST_SHARE, NEAR = 0.05, world.CONTRAST
 
 INNER_STEPS = 8  # of the published method for SDXL
 GUIDED = 28 / 30  # of its steps
-# Of the published learning rate: what --tune tries, and what the published method has in the study.
-FACTORS = (1, 2, 4, 8, 16, 32)
-PUBLISHED_FACTOR = 1
+# Of the published learning rate for the size: what --tune tries, and what the study has.
+FACTORS = (1 / 2, 1, 3 / 2, 2, 4, 8)
+STUDIED = {"published": 3 / 2, "quality": 3 / 2, "fast": 1}
 
 Reference = np.ndarray | sdcore.Palette
 Scores = dict[str, dict[str, np.ndarray]]  # of each way, of each metric: of each pair
@@ -274,20 +272,20 @@ def _unguided(pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tenso
 
 
 def _guided(preset: str, pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tensor:
-    rate = None if factor is None else _rate(factor, some.latents)
+    rate = _rate(STUDIED[preset] if factor is None else factor, pipe, some.latents)
     method = sdcore.ColorGuidance(some.references, preset=preset, learning_rate=rate, seed=SEED)
     with sdcore.patch(pipe, method):
         return _drawn(pipe, some, steps)
 
 
-def _rate(factor: float, latents: Tensor) -> float:
-    return factor * PUBLISHED_RATE * math.prod(latents.shape[2:]) / PUBLISHED_LATENTS
+def _rate(factor: float, pipe: Any, latents: Tensor) -> float:
+    return factor * published_rate(pipe.unet, latents.shape[2:])
 
 
 def _published(pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tensor:
     texts = sw_guidance.encoded(pipe, [one.prompt for one in some.asked], None, SIDE, SIDE)
     colors = torch.from_numpy(some.pixels).to(pipe.device).flatten(1, 2) / 255
-    rate = _rate(PUBLISHED_FACTOR if factor is None else factor, some.latents)
+    rate = _rate(STUDIED["published"] if factor is None else factor, pipe, some.latents)
     generator = torch.Generator(pipe.device).manual_seed(SEED)
     pipe.scheduler.set_timesteps(steps, device=pipe.device)
     x = some.latents
@@ -715,7 +713,7 @@ def tune(given: argparse.Namespace) -> list[dict[str, Any]]:
     for way in _chosen(TUNED, given.ways):
         for factor in FACTORS:
             name = f"{way} × {factor:g}"
-            rates[name] = _rate(factor, made.latents)
+            rates[name] = _rate(factor, pipe, made.latents)
             pictures[name] = _bytes(generated(way, pipe, made, given.steps, factor))
     scores = distances(pictures, made.pixels, given.points, given.device)
     lines = table(scores, pictures, made.asked, made.pixels)

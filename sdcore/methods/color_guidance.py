@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import SimpleNamespace
@@ -30,9 +30,10 @@ from sdcore.ops import clean_latents, control_step, random_rotations, sliced_was
 from sdcore.palette import Palette
 from sdcore.patching import Call, Method, Run
 
-# The latents that the published learning rate of 100 belongs to, 96 × 96: the loss is a mean over
-# pixels, and so the gradient to one latent is as small as there are many.
-PUBLISHED_RATE, PUBLISHED_LATENTS = 100.0, 96 * 96
+# Published learning rates, and how many latents each belongs to: the loss is a mean over pixels,
+# and so the gradient to one latent is as small as there are many. Of SDXL, and of Stable Diffusion
+# 1.5, for which 130 to 150 are published, with what has a VAE like it.
+RATES = {"SDXL": (100.0, 96 * 96), "SD": (140.0, 64 * 64)}
 UNET_GRADIENTS = ("full", "frozen")
 LOSSES = ("binned", "exact", "published")
 KINDS = ("epsilon", "v_prediction", "sample")  # of what UNets predict
@@ -42,7 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "unet_gradient": "full", "loss": "binned",
     },
 }  # fmt: skip
-PRESETS["fast"] = PRESETS["quality"] | {"decode_scale": 0.5, "unet_gradient": "frozen"}
+# On a GPU an inner step takes two thirds of the time without the UNet's gradient, and colors come
+# nearer in half as many of them: benchmarks/notes/color_guidance.md.
+PRESETS["fast"] = PRESETS["quality"] | {"unet_gradient": "frozen", "inner_steps": 4}
 # By which the distance that is reported is measured.
 REPORTED_ROTATIONS = 100
 
@@ -74,11 +77,12 @@ class ColorGuidance(Method):
             picture of the call.
         preset: where the arguments that are None come from: "quality" for the published settings
             (8 inner steps, 10 rotations, 0.93 of the run guided, decoded at full size, through the
-            UNet, "binned"), or "fast", which decodes at half the size and takes the UNet's
-            gradient as "frozen".
+            UNet, "binned"), or "fast": with 4 inner steps, and the UNet's gradient "frozen".
         inner_steps: steps of gradient descent at each guided step.
-        learning_rate: :math:`\eta`; None for 100 · (h · w) / 96² for latents of h × w, the
-            published one at every size. It is for latents of unit variance.
+        learning_rate: :math:`\eta`, for latents of unit variance; None for what is published, at
+            the size that it is published for, and for latents of h × w in proportion: with SDXL
+            100 · (h · w) / 96², with Stable Diffusion 1 and 2 140 · (h · w) / 64², the middle of
+            what is published for 1.5. A higher one brings colors nearer and costs content.
         normalize_gradient: divides each picture's gradient by its standard deviation; a learning
             rate must then be given (the published one is 0.04).
         rotations: K.
@@ -320,7 +324,7 @@ class ColorGuidance(Method):
         u = torch.zeros_like(call.latents, dtype=torch.float32)
         rate = self.learning_rate
         if rate is None:
-            rate = PUBLISHED_RATE * math.prod(u.shape[2:]) / PUBLISHED_LATENTS
+            rate = published_rate(call.run.pipe.unet, u.shape[2:])
         rotations = random_rotations(
             self.inner_steps * self.rotations, 3, device=u.device, generator=state.generator
         )
@@ -544,6 +548,13 @@ class _Clock:
             return after - before
         after.synchronize()
         return before.elapsed_time(after) / 1e3
+
+
+def published_rate(unet: Any, size: Sequence[int]) -> float:
+    """The learning rate for latents of this height and width."""
+    is_xl = unet.config.get("addition_embed_type") == "text_time"
+    rate, latents = RATES["SDXL" if is_xl else "SD"]
+    return rate * math.prod(size) / latents
 
 
 def _seed(run: Run) -> int:

@@ -288,8 +288,8 @@ def test_report(tokens: Any) -> None:
 def test_presets() -> None:
     quality, fast = (ColorGuidance(PALETTE, preset=name) for name in ("quality", "fast"))
     assert vars(ColorGuidance(PALETTE)).keys() == vars(quality).keys()
-    assert (quality.unet_gradient, quality.decode_scale) == ("full", 1.0)
-    assert (fast.unet_gradient, fast.decode_scale) == ("frozen", 0.5)
+    assert (quality.unet_gradient, quality.inner_steps) == ("full", 8)
+    assert (fast.unet_gradient, fast.inner_steps) == ("frozen", 4)
     assert ColorGuidance(PALETTE, preset="fast", unet_gradient="full").unet_gradient == "full"
     with pytest.raises(ValueError, match="preset must be one of quality, fast; got 'best'"):
         ColorGuidance(PALETTE, preset="best")
@@ -584,10 +584,13 @@ def test_means_and_deviations_of_latents(tokens: Any) -> None:
     torch.testing.assert_close(second, wanted)
 
 
-def test_the_rate_belongs_to_a_size(tokens: Any) -> None:
-    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+@pytest.mark.parametrize(("family", "published"), [("SD", 140 / 64**2), ("SDXL", 100 / 96**2)])
+def test_the_rate_belongs_to_a_family_and_a_size(
+    tokens: Any, family: str, published: float
+) -> None:
+    pipe = pipelines.pipeline(family, "text-to-image", tokens)
     taken = []
-    for rate in (None, 100 * 16 * 16 / 96**2):
+    for rate in (None, published * 16 * 16):
         with sdcore.patch(pipe, ColorGuidance(PALETTE, **FEW, learning_rate=rate)):
             taken.append(pipelines.images(pipe, "text-to-image"))
     assert taken[0].equal(taken[1])
