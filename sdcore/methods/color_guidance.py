@@ -230,8 +230,8 @@ class ColorGuidance(Method):
         state = run.of(self)
         if hasattr(state, "outer"):
             self._here.state = state.outer
-            state.told.clock.stop()
             state.frozen.close()
+            state.told.clock.stop()
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
