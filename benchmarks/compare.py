@@ -1,0 +1,121 @@
+"""What became slower or faster from one benchmark's CSV to another, beyond noise.
+
+``python -m benchmarks.compare BEFORE.csv AFTER.csv [--tolerance 0.03]``
+
+Rows of one op, case, implementation, dtype, way of timing and device are set beside each other. A
+time has changed where the two medians are apart by more than three standard deviations of both
+together, taken from their spreads (half the range of the middle half, 0.674 deviations of a normal
+distribution), and by more than the tolerance: a machine is not the same from day to day. Ends with
+1 if anything became slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import measure
+
+KEY = ("op", "case", "implementation", "dtype", "timing", "device")
+DEVIATIONS, QUARTILE = 3.0, 0.674
+
+
+@dataclass(frozen=True)
+class Change:
+    key: tuple[str, ...]
+    before: float  # milliseconds
+    after: float
+    noise: float  # one standard deviation of their difference
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+    def verdict(self, tolerance: float) -> str:
+        gap = self.after - self.before
+        if abs(gap) <= max(DEVIATIONS * self.noise, tolerance * self.before):
+            return "same"
+        return "slower" if gap > 0 else "faster"
+
+
+def read(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Median and spread of each row.
+
+    Raises:
+        ValueError: the file is no benchmark's, or has a row twice; it says which.
+        OSError: it can't be read.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = (*KEY, "milliseconds", "spread")
+    missing = [name for name in wanted if not rows or rows[0].get(name) is None]
+    if missing:
+        raise ValueError(f"{path} is no benchmark's CSV: it lacks {', '.join(missing)}")
+    found: dict[tuple[str, ...], tuple[float, float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in KEY)
+        if key in found:
+            raise ValueError(f"{path} has two rows of {', '.join(key)}")
+        found[key] = float(row["milliseconds"]), float(row["spread"])
+    return found
+
+
+def changes(before: Path, after: Path) -> tuple[list[Change], list[str]]:
+    """Of the rows that both have; and what is in one of them alone.
+
+    Raises:
+        ValueError: no row is in both, or as :func:`read`.
+    """
+    first, second = read(before), read(after)
+    common = [key for key in first if key in second]
+    if not common:
+        raise ValueError(f"{before} and {after} have no row in common: {', '.join(KEY)} differ")
+    found = []
+    for key in common:
+        (a, spread_a), (b, spread_b) = first[key], second[key]
+        found.append(Change(key, a, b, (spread_a**2 + spread_b**2) ** 0.5 / QUARTILE))
+    alone = [f"only in {before}: {', '.join(key)}" for key in first if key not in second]
+    alone += [f"only in {after}: {', '.join(key)}" for key in second if key not in first]
+    return found, alone
+
+
+def print_changes(found: Sequence[Change], tolerance: float) -> None:
+    """Those that changed the most first; of those that did not, how many there are."""
+    told = [one for one in found if one.verdict(tolerance) != "same"]
+    told.sort(key=lambda one: -one.ratio)
+    if told:
+        head = ("", "case", "implementation", "dtype", "before, ms", "after, ms", "ratio")
+        lines = [
+            (
+                one.verdict(tolerance), one.key[1], one.key[2], one.key[3],
+                f"{one.before:.4g}", f"{one.after:.4g}", f"{one.ratio:.3f}",
+            )
+            for one in told
+        ]  # fmt: skip
+        measure.print_lines(head, lines)
+    print(f"{len(found) - len(told)} of {len(found)} are the same within noise")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.03, help="(%(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        found, alone = changes(given.before, given.after)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in alone:
+        print(line)
+    print_changes(found, given.tolerance)
+    return int(any(one.verdict(given.tolerance) == "slower" for one in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
