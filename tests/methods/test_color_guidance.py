@@ -204,7 +204,7 @@ def test_what_a_graph_captures_is_the_same(
 ) -> None:
     """Without a GPU it is called in place of the graph."""
     pipe = pipelines.pipeline(family, kind, tokens)
-    # A small rate: norms and gates are rounded otherwise there, and the loss's gradient is of signs.
+    # A small rate: norms and gates are rounded otherwise there, and the gradient is of signs.
     options = {**FEW, "unet_gradient": unet_gradient, "learning_rate": 2.0}
     with sdcore.patch(pipe, ColorGuidance([PALETTE, PALETTE], **options)):
         wanted = pipelines.images(pipe, kind, num_images_per_prompt=2)
