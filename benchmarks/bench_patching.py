@@ -59,7 +59,9 @@ class NoOp(sdcore.Method):
     def step(self, step: sdcore.patching.Step, proceed: Callable) -> torch.Tensor:
         return proceed(step)
 
-    def decode(self, latents: torch.Tensor, proceed: Callable) -> torch.Tensor:
+    def decode(
+        self, run: sdcore.patching.Run, latents: torch.Tensor, proceed: Callable
+    ) -> torch.Tensor:
         return proceed(latents)
 
 

@@ -459,7 +459,7 @@ def _follow_moves(pipe: Any, args: argparse.Namespace) -> None:
     if FOLLOWS_SAMPLE & {one.__name__ for one in before.__mro__}:
         return
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    if not args.quiet and not args.json:
+    if not _silent(args):
         print(f"DDIM steps in the place of {before.__name__}, which does not follow the guidance")
 
 
@@ -485,7 +485,7 @@ def _colored(pipe: Any, guidance: ColorGuidance, args: argparse.Namespace) -> li
         handle = patch(pipe, guidance)
     except TypeError as error:
         raise CommandError(f"{args.model} can't be guided: {error}") from error
-    with handle, tqdm(total=args.steps, unit="step", disable=args.quiet or args.json) as bar:
+    with handle, tqdm(total=args.steps, unit="step", disable=_silent(args)) as bar:
 
         def show(_: Any, step: int, *rest: Any) -> dict[str, Any]:
             # The loss has three axes of each rotation.
@@ -622,11 +622,11 @@ def _adapted(args: argparse.Namespace, source: Any, shown: Tensor | None) -> Any
 
 
 def _loaded(model: str, args: argparse.Namespace, device: torch.device) -> Any:
-    if args.quiet or getattr(args, "json", False):
+    silent = _silent(args)
+    if silent:
         _hide_progress()
     start = time.perf_counter()
     pipe = _pipeline(model, device)
-    silent = args.quiet or getattr(args, "json", False)
     pipe.set_progress_bar_config(disable=silent)
     if not silent:
         print(f"{model} in {time.perf_counter() - start:.1f} s on {device}", flush=True)
@@ -658,6 +658,11 @@ def _pictures(
     except (TypeError, ValueError, FloatingPointError) as error:
         raise CommandError(f"{model} can't make this picture: {error}") from error
     return [images.quantize(one.float().cpu().permute(1, 2, 0)) for one in pictures]
+
+
+def _silent(args: argparse.Namespace) -> bool:
+    """Whether nothing but results is printed; a report in JSON is one."""
+    return args.quiet or getattr(args, "json", False)
 
 
 def _hide_progress() -> None:

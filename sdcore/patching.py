@@ -90,7 +90,7 @@ class Method:
             f"{type(self).__name__} works on pipelines, and not on a bare {type(module).__name__}"
         )
 
-    def decode(self, latents: Tensor, proceed: Callable[[Tensor], Tensor]) -> Tensor:
+    def decode(self, run: Run, latents: Tensor, proceed: Callable[[Tensor], Tensor]) -> Tensor:
         """Around the VAE's decoder: latents as the decoder takes them, to pictures."""
         return proceed(latents)
 
@@ -941,7 +941,7 @@ class _VAE(_StandIn):
                 return vae.decode(latents, return_dict=False, **options)[0]
 
             with _outside(), _within(run.methods, vae):
-                out = _around(run, "decode", real)(z)
+                out = _around(run, "decode", real, run)(z)
             if not return_dict:
                 return (out,)
             from diffusers.models.autoencoders.vae import DecoderOutput
@@ -956,11 +956,16 @@ def _named(function: Callable[..., Any], args: tuple, after: int) -> dict[str, A
     return dict(zip(list(inspect.signature(function).parameters)[after:], args, strict=False))
 
 
-def _around(run: Run, part: str, inner: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """``inner``, and around it this part of the methods that have it."""
+def _around(
+    run: Run, part: str, inner: Callable[[Any], Tensor], *first: Any
+) -> Callable[[Any], Tensor]:
+    """``inner``, and around it this part of the methods that have it, which are given ``first``
+    before all else."""
     for method in run.methods:
         if getattr(type(method), part) is not getattr(Method, part):
-            inner = functools.partial(_call, getattr(method, part), inner)
+            inner = functools.partial(
+                _call, functools.partial(getattr(method, part), *first), inner
+            )
     return inner
 
 

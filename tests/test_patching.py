@@ -51,7 +51,7 @@ class NoOp(Method):
     def step(self, step, proceed):
         return proceed(step)
 
-    def decode(self, latents, proceed):
+    def decode(self, run, latents, proceed):
         return proceed(latents)
 
     def end(self, run, error):
@@ -79,7 +79,7 @@ class Log(Method):
         self.lines.append(f"{self.name}step")
         return proceed(step)
 
-    def decode(self, latents, proceed):
+    def decode(self, run, latents, proceed):
         self.lines.append(f"{self.name}decode")
         return proceed(latents)
 
@@ -877,7 +877,7 @@ def test_a_pipeline_within_a_pipeline(tokens: Any) -> None:
     lines: list[str] = []
 
     class Nest(Method):
-        def decode(self, latents, proceed):
+        def decode(self, run, latents, proceed):
             lines.append("outer")
             pipelines.images(inner, "text-to-image")
             return proceed(latents)
@@ -1175,7 +1175,7 @@ def test_a_method_changes_what_passes_through(tokens: Any) -> None:
             assert not step.model_output.any()
             return proceed(step) + 1
 
-        def decode(self, latents, proceed):
+        def decode(self, run, latents, proceed):
             return torch.ones_like(proceed(latents))
 
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)

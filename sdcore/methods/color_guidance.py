@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "unet_gradient": "full", "loss": "binned",
     },
 }  # fmt: skip
-# On a GPU an inner step takes two thirds of the time without the UNet's gradient, and colors come
-# nearer in half as many of them: benchmarks/notes/color_guidance.md.
+# Without the UNet's gradient an inner step's parts take two thirds of their time on a GPU, and
+# colors come nearer in half as many steps: benchmarks/notes/color_guidance.md.
 PRESETS["fast"] = PRESETS["quality"] | {"unet_gradient": "frozen", "inner_steps": 4}
 # By which the distance that is reported is measured.
 REPORTED_ROTATIONS = 100
@@ -167,15 +167,13 @@ class ColorGuidance(Method):
         self.seed, self.graph = seed, bool(graph)
         self.losses: list[list[float]] = []
         self._last: _Told | None = None
-        self._here = threading.local()  # whose run decodes
         self._decoder, self._within_a_graph = FastDecoder(graph=graph), FastDecoder(graph=False)
         self._norms, self._gates = FastNorms(), FastGEGLU()
         self._graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
         # Copies of VAEs in float32, and of which weights.
         self._copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
         # Each pipeline's models that there are graphs and copies of: it may have others by the end.
-        self._guided: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
-        self._used: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
+        self._models: WeakKeyDictionary[Any, WeakSet[nn.Module]] = WeakKeyDictionary()
 
     def begin(self, run: Run) -> None:
         state, pipe = run.of(self), run.pipe
@@ -185,11 +183,10 @@ class ColorGuidance(Method):
         _check_models(pipe, alone)
         state.palettes = state.generator = state.graphs = None
         state.frozen = contextlib.ExitStack()
-        state.outer, self._here.state = getattr(self._here, "state", None), state
         # Of the run what report() tells, and none of its models.
         state.told = self._last = _Told(_Clock(plain(pipe.unet).device))
         self.losses = state.told.losses
-        state.vae = state.pipes_vae = pipe.vae
+        state.vae = pipe.vae
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
             state.vae = self._upcast(pipe)
         for part in (pipe.unet, state.vae):
@@ -215,11 +212,9 @@ class ColorGuidance(Method):
                 return state.graphs.predicted(call)
             return proceed(call)
 
-    def decode(self, latents: Tensor, proceed: Callable[[Tensor], Tensor]) -> Tensor:
-        state = self._here.state
-        fast = (
-            self._decoder.within(state.pipes_vae) if latents.is_cuda else contextlib.nullcontext()
-        )
+    def decode(self, run: Run, latents: Tensor, proceed: Callable[[Tensor], Tensor]) -> Tensor:
+        state, vae = run.of(self), run.pipe.vae
+        fast = self._decoder.within(vae) if latents.is_cuda else contextlib.nullcontext()
         with state.told.clock.part("decoding"), fast:
             pictures = proceed(latents)
         if state.palettes is not None and len(state.palettes) in (1, len(pictures)):
@@ -228,21 +223,17 @@ class ColorGuidance(Method):
 
     def end(self, run: Run, error: BaseException | None) -> None:
         state = run.of(self)
-        if hasattr(state, "outer"):
-            self._here.state = state.outer
+        if hasattr(state, "told"):
             state.frozen.close()
             state.told.clock.stop()
 
     def removed(self, pipe: Any) -> None:
         self._decoder.removed(pipe)
-        for vae in self._used.pop(pipe, ()):
-            found = self._copies.pop(vae, None)
-            if found is not None:
-                self._decoder.removed(found[1])
-        for unet in self._guided.pop(pipe, ()):
-            kept = self._graphs.pop(unet, None)
-            if kept is not None:
-                kept.clear()
+        for model in self._models.pop(pipe, ()):
+            if model in self._copies:
+                self._decoder.removed(self._copies.pop(model)[1])
+            if model in self._graphs:
+                self._graphs.pop(model).clear()
 
     def report(self) -> dict[str, Any] | None:
         """Of the run that began last; None before the first.
@@ -290,7 +281,7 @@ class ColorGuidance(Method):
     def _upcast(self, pipe: Any) -> Any:
         """A copy in float32, always the same one: graphs have its addresses."""
         vae = pipe.vae
-        self._used.setdefault(pipe, WeakSet()).add(vae)
+        self._models.setdefault(pipe, WeakSet()).add(vae)
         weights = vae.state_dict()
         key = tuple((one.data_ptr(), one._version) for one in weights.values())
         before, found = self._copies.get(vae, (None, None))
@@ -307,7 +298,7 @@ class ColorGuidance(Method):
 
     def _graphs_of(self, pipe: Any, vae: Any) -> _Graphs:
         unet = plain(pipe.unet)
-        self._guided.setdefault(pipe, WeakSet()).add(unet)
+        self._models.setdefault(pipe, WeakSet()).add(unet)
         kept = self._graphs.get(unet)
         if kept is None or kept.vae() is not vae:
             if kept is not None:
