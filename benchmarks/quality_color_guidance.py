@@ -137,7 +137,7 @@ INNER_STEPS = 8  # of the published method for SDXL
 GUIDED = 28 / 30  # of its steps
 # Of the published learning rate for the size: what --tune tries, and what the study has.
 FACTORS = (1 / 2, 1, 3 / 2, 2, 4, 8)
-STUDIED = {"published": 3 / 2, "quality": 3 / 2, "fast": 1}
+STUDIED = {"published": 3 / 2, "quality": 3 / 2, "fast": 4}
 
 Reference = np.ndarray | sdcore.Palette
 Scores = dict[str, dict[str, np.ndarray]]  # of each way, of each metric: of each pair

@@ -36,16 +36,22 @@ from sdcore.patching import Call, Method, Run
 RATES = {"SDXL": (100.0, 96 * 96), "SD": (140.0, 64 * 64)}
 UNET_GRADIENTS = ("full", "frozen")
 LOSSES = ("binned", "exact", "published")
+SCHEDULES = ("constant", "alpha")
 KINDS = ("epsilon", "v_prediction", "sample")  # of what UNets predict
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {
         "inner_steps": 8, "rotations": 10, "guided_fraction": 0.93, "decode_scale": 1.0,
-        "unet_gradient": "full", "loss": "binned",
+        "unet_gradient": "full", "loss": "binned", "schedule": "constant",
     },
 }  # fmt: skip
 # Without the UNet's gradient an inner step's parts take two thirds of their time on a GPU, and
-# colors come nearer in half as many steps: benchmarks/notes/color_guidance.md.
-PRESETS["fast"] = PRESETS["quality"] | {"unet_gradient": "frozen", "inner_steps": 4}
+# colors come nearer in half as many steps. Small steps amid the noise leave the picture its
+# content: benchmarks/notes/color_guidance.md.
+PRESETS["fast"] = PRESETS["quality"] | {
+    "unet_gradient": "frozen", "inner_steps": 4, "schedule": "alpha",
+}  # fmt: skip
+# With which the schedule "alpha" brings colors as near as the constant one.
+ALPHA_RATE = 4.0
 # By which the distance that is reported is measured.
 REPORTED_ROTATIONS = 100
 
@@ -77,12 +83,14 @@ class ColorGuidance(Method):
             picture of the call.
         preset: where the arguments that are None come from: "quality" for the published settings
             (8 inner steps, 10 rotations, 0.93 of the run guided, decoded at full size, through the
-            UNet, "binned"), or "fast": with 4 inner steps, and the UNet's gradient "frozen".
+            UNet, "binned", a constant rate), or "fast": with 4 inner steps, the UNet's gradient
+            "frozen", and the schedule "alpha".
         inner_steps: steps of gradient descent at each guided step.
         learning_rate: :math:`\eta`, for latents of unit variance; None for what is published, at
             the size that it is published for, and for latents of h × w in proportion: with SDXL
             100 · (h · w) / 96², with Stable Diffusion 1 and 2 140 · (h · w) / 64², the middle of
-            what is published for 1.5. A higher one brings colors nearer and costs content.
+            what is published for 1.5; four times that with the schedule "alpha". A higher one
+            brings colors nearer and costs content.
         normalize_gradient: divides each picture's gradient by its standard deviation; a learning
             rate must then be given (the published one is 0.04).
         rotations: K.
@@ -93,6 +101,10 @@ class ColorGuidance(Method):
         loss: "binned" or "exact", the ``method`` of ``sdcore.ops.sliced_wasserstein``; or
             "published", for comparison: exact, between as many pixels as there are, drawn with
             replacement anew for each axis, and as many colors of the reference.
+        schedule: "constant", as published, or "alpha": at each step :math:`\eta` times the
+            :math:`\alpha` of x = :math:`\alpha` · (clean latents) + :math:`\sigma` · (noise),
+            :math:`\alpha^2 + \sigma^2 = 1`. With a frozen UNet that is the descent by the
+            gradient to the clean latents. Steps are then small while the picture's content forms.
         seed: of the rotations; None for that of the (first) ``generator`` that the pipeline is
             called with, or else ``torch.initial_seed()``.
         graph: on a GPU capture an inner step as one CUDA graph, which serves all of them, and the
@@ -141,6 +153,7 @@ class ColorGuidance(Method):
         decode_scale: float | None = None,
         unet_gradient: str | None = None,
         loss: str | None = None,
+        schedule: str | None = None,
         seed: int | None = None,
         graph: bool = True,
     ) -> None:
@@ -149,6 +162,7 @@ class ColorGuidance(Method):
         given = {
             "inner_steps": inner_steps, "rotations": rotations, "guided_fraction": guided_fraction,
             "decode_scale": decode_scale, "unet_gradient": unet_gradient, "loss": loss,
+            "schedule": schedule,
         }  # fmt: skip
         chosen = PRESETS[preset] | {key: one for key, one in given.items() if one is not None}
         _check_options(**chosen)
@@ -164,6 +178,7 @@ class ColorGuidance(Method):
         self.guided_fraction = float(chosen["guided_fraction"])
         self.decode_scale = float(chosen["decode_scale"])
         self.unet_gradient, self.loss = chosen["unet_gradient"], chosen["loss"]
+        self.schedule = chosen["schedule"]
         self.seed, self.graph = seed, bool(graph)
         self.losses: list[list[float]] = []
         self._last: _Told | None = None
@@ -313,17 +328,15 @@ class ColorGuidance(Method):
         """u, of the latents' shape."""
         alone = call.of_prompt()
         u = torch.zeros_like(call.latents, dtype=torch.float32)
-        rate = self.learning_rate
-        if rate is None:
-            rate = published_rate(call.run.pipe.unet, u.shape[2:])
         rotations = random_rotations(
             self.inner_steps * self.rotations, 3, device=u.device, generator=state.generator
         )
         settings = {
-            "alpha": call.alpha, "sigma": call.sigma, "palettes": state.palettes, "rate": rate,
-            "kind": call.run.scheduler.config.prediction_type, "scaling": state.scaling,
-            "unet_gradient": self.unet_gradient, "decode_scale": self.decode_scale,
-            "loss": self.loss, "normalize_gradient": self.normalize_gradient,
+            "alpha": call.alpha, "sigma": call.sigma, "palettes": state.palettes,
+            "rate": self._rate(call), "kind": call.run.scheduler.config.prediction_type,
+            "scaling": state.scaling, "unet_gradient": self.unet_gradient,
+            "decode_scale": self.decode_scale, "loss": self.loss,
+            "normalize_gradient": self.normalize_gradient,
         }  # fmt: skip
         graph = state.graphs is not None and graphs.fits(alone.options)
         generator = state.generator if self.loss == "published" else None
@@ -345,6 +358,13 @@ class ColorGuidance(Method):
             losses.append(loss)
         self._check_finite(state, call, losses, u)
         return u
+
+    def _rate(self, call: Call) -> Tensor | float:
+        rate, by_alpha = self.learning_rate, self.schedule == "alpha"
+        if rate is None:
+            rate = published_rate(call.run.pipe.unet, call.latents.shape[2:])
+            rate *= ALPHA_RATE if by_alpha else 1
+        return rate * call.alpha if by_alpha else rate
 
     @staticmethod
     def _check_finite(state: SimpleNamespace, call: Call, losses: list[Tensor], u: Tensor) -> None:
@@ -375,7 +395,7 @@ def _inner_step(
     alpha: Tensor,
     sigma: Tensor,
     palettes: list[tuple[Tensor, Tensor | None]],
-    rate: float,
+    rate: Tensor | float,
     kind: str,
     scaling: tuple[Tensor, Tensor],
     unet_gradient: str,
@@ -732,6 +752,7 @@ def _check_options(
     decode_scale: Any,
     unet_gradient: Any,
     loss: Any,
+    schedule: Any,
 ) -> None:
     for name, count in (("inner_steps", inner_steps), ("rotations", rotations)):
         if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
@@ -742,6 +763,7 @@ def _check_options(
     for name, value, known in (
         ("unet_gradient", unet_gradient, UNET_GRADIENTS),
         ("loss", loss, LOSSES),
+        ("schedule", schedule, SCHEDULES),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")

@@ -243,14 +243,16 @@ def test_what_a_graph_captures_is_the_same(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
-def test_graphs_on_a_gpu(tokens: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "schedule"), [("SD", "constant"), ("SDXL", "alpha")])
+def test_graphs_on_a_gpu(
+    tokens: Any, family: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = pipelines.pipeline(family, "text-to-image", tokens).to("cuda")
     strides = [weight.stride() for weight in pipe.unet.parameters()]
     found = []
     for graph in (False, True):
-        guidance = ColorGuidance(PALETTE, **FEW, graph=graph)
+        guidance = ColorGuidance(PALETTE, **FEW, schedule=schedule, graph=graph)
         with sdcore.patch(pipe, guidance) as handle:
             found.append(pipelines.images(pipe, "text-to-image"))
             if graph:
@@ -291,9 +293,32 @@ def test_presets() -> None:
     assert vars(ColorGuidance(PALETTE)).keys() == vars(quality).keys()
     assert (quality.unet_gradient, quality.inner_steps) == ("full", 8)
     assert (fast.unet_gradient, fast.inner_steps) == ("frozen", 4)
+    assert (quality.schedule, fast.schedule) == ("constant", "alpha")
     assert ColorGuidance(PALETTE, preset="fast", unet_gradient="full").unet_gradient == "full"
     with pytest.raises(ValueError, match="preset must be one of quality, fast; got 'best'"):
         ColorGuidance(PALETTE, preset="best")
+
+
+@pytest.mark.parametrize("given", [None, 30.0])
+def test_schedule(tokens: Any, given: float | None) -> None:
+    """With "alpha" the rate of each step is that times its alpha, and four times the published
+    one where none is given: the same as a constant one of that size."""
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
+    outer, inner = Kept(), Kept()
+    guidance = ColorGuidance(PALETTE, **FEW, schedule="alpha", learning_rate=given)
+    with sdcore.patch(pipe, inner, guidance, outer):
+        pipelines.images(pipe, "text-to-image", guidance_scale=1.0)
+    moved = inner.samples[FEW["inner_steps"] :: FEW["inner_steps"] + 1]
+    assert len(moved) == len(outer.samples) == pipelines.STEPS
+    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long()].sqrt()
+    assert alphas[-1] > 1.5 * alphas[0]
+    rate = given or 4 * 140 * outer.samples[0][0, 0].numel() / 64**2
+    constant, first = ColorGuidance(PALETTE, **FEW, learning_rate=float(rate * alphas[0])), Kept()
+    with sdcore.patch(pipe, first, constant):
+        pipelines.images(pipe, "text-to-image", guidance_scale=1.0)
+    u, wanted = (one - outer.samples[0] for one in (moved[0], first.samples[FEW["inner_steps"]]))
+    assert wanted.std() > 1e-4
+    torch.testing.assert_close(u, wanted, rtol=1e-2, atol=1e-2 * float(wanted.std()))
 
 
 @pytest.mark.parametrize("weights", [None, [3, 1, 2]])
@@ -621,6 +646,7 @@ BAD = [
     ({"decode_scale": 1.5}, r"decode_scale must be in \(0, 1\]; got 1.5"),
     ({"unet_gradient": "none"}, "unet_gradient must be one of full, frozen; got 'none'"),
     ({"loss": "sorted"}, "loss must be one of binned, exact, published; got 'sorted'"),
+    ({"schedule": "linear"}, "schedule must be one of constant, alpha; got 'linear'"),
     ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\); got 18446744073709551616"),
     ({"learning_rate": -1.0}, "learning_rate must be positive and finite; got -1.0"),
     ({"normalize_gradient": True}, "normalize_gradient needs a learning_rate"),
