@@ -29,10 +29,10 @@ For SD 1.5 the published loop decodes at random sizes, of three quarters of the 
 "quality" decodes at the whole size.
 
 The check is of u after two iterations at one step, with given rotations and without a bootstrap:
-"quality", with the exact loss, and the loops may be off from the published loop in float32 (of
-float32: in float64) by at most twice what that loop in the models' dtype is off by, plus epsilon,
-plus what one pixel makes that is as good as where it is wanted, so that rounding says which way it
-is pulled. "fast" is another algorithm, and its result is not compared.
+"quality", with the exact loss and a constant rate, and the loops may be off from the published loop
+in float32 (of float32: in float64) by at most twice what that loop in the models' dtype is off by,
+plus epsilon, plus what one pixel makes that is as good as where it is wanted, so that rounding says
+which way it is pulled. "fast" is another algorithm, and its result is not compared.
 
 Share of the ceiling: products and convolutions of the way's own UNet calls and decodings, at the
 rate of a plain matrix product of the same dtype in the same run.
@@ -193,6 +193,7 @@ def case_of(
     ours["inner_steps"] = published["inner_steps"]
     if "normalize" in published:
         ours |= {"normalize_gradient": True, "learning_rate": published["learning_rate"]}
+        ours["schedule"] = "constant"
     scale = 5.0 if is_xl else 8.0
     return Case(
         name, pipe, Texts(context, added), latents, colors.to(unet.device), steps, guided, scale,
@@ -420,6 +421,7 @@ class Kept(sdcore.ColorGuidance):
 def our_control(case: Case) -> Tensor:
     options = case.ours | {
         "learning_rate": case.published["learning_rate"],
+        "schedule": "constant",
         "inner_steps": CHECKED,
         "rotations": sw_guidance.ROTATIONS,
         "guided_fraction": 0.25,

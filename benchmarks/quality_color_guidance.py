@@ -27,8 +27,9 @@ Ways:
     the pixels' projections, the UNet and the decoder differentiated. Pictures are descended
     together, by the sum of their losses, each with rotations and bootstraps of its own: the
     gradients are those of each picture alone.
-  quality, fast: sdcore.ColorGuidance with that preset; these and "published" with STUDIED of the
-    published learning rate for the size, 140 · 32² / 64² for these latents
+  quality, fast: sdcore.ColorGuidance with that preset; these with STUDIED times their default
+    learning rate, and "published" with as much of the published one for the size, 140 · 32² / 64²
+    for these latents
   mean-covariance transfer: the unguided picture, its colors moved by the linear map between
     Gaussians (Monge's)
   histogram matching: the unguided picture, channel by channel
@@ -85,7 +86,7 @@ from benchmarks.bench_region_attention import wilson
 from benchmarks.reader_agreement import save_sheets
 from sdcore import embedded, figures
 from sdcore.embedded import evaluate, reader, world
-from sdcore.methods.color_guidance import frozen, published_rate
+from sdcore.methods.color_guidance import ALPHA_RATE, frozen, published_rate
 from sdcore.ops import random_rotations, sliced_wasserstein
 
 SEED, TUNING_SEED = evaluate.SEED + 11, evaluate.SEED + 12
@@ -135,9 +136,9 @@ LEAST_SHARE, NEAR = 0.05, world.CONTRAST
 
 INNER_STEPS = 8  # of the published method for SDXL
 GUIDED = 28 / 30  # of its steps
-# Of the published learning rate for the size: what --tune tries, and what the study has.
+# Of each way's learning rate for the size: what --tune tries, and what the study has.
 FACTORS = (1 / 2, 1, 3 / 2, 2, 4, 8)
-STUDIED = {"published": 3 / 2, "quality": 3 / 2, "fast": 4}
+STUDIED = 3 / 2
 
 Reference = np.ndarray | sdcore.Palette
 Scores = dict[str, dict[str, np.ndarray]]  # of each way, of each metric: of each pair
@@ -272,20 +273,21 @@ def _unguided(pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tenso
 
 
 def _guided(preset: str, pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tensor:
-    rate = _rate(STUDIED[preset] if factor is None else factor, pipe, some.latents)
+    rate = _rate(preset, factor, pipe, some.latents)
     method = sdcore.ColorGuidance(some.references, preset=preset, learning_rate=rate, seed=SEED)
     with sdcore.patch(pipe, method):
         return _drawn(pipe, some, steps)
 
 
-def _rate(factor: float, pipe: Any, latents: Tensor) -> float:
-    return factor * published_rate(pipe.unet, latents.shape[2:])
+def _rate(way: str, factor: float | None, pipe: Any, latents: Tensor) -> float:
+    rate = published_rate(pipe.unet, latents.shape[2:]) * (STUDIED if factor is None else factor)
+    return rate if way == "published" else ALPHA_RATE * rate
 
 
 def _published(pipe: Any, some: Pairs, steps: int, factor: float | None) -> Tensor:
     texts = sw_guidance.encoded(pipe, [one.prompt for one in some.asked], None, SIDE, SIDE)
     colors = torch.from_numpy(some.pixels).to(pipe.device).flatten(1, 2) / 255
-    rate = _rate(STUDIED["published"] if factor is None else factor, pipe, some.latents)
+    rate = _rate("published", factor, pipe, some.latents)
     generator = torch.Generator(pipe.device).manual_seed(SEED)
     pipe.scheduler.set_timesteps(steps, device=pipe.device)
     x = some.latents
@@ -713,7 +715,7 @@ def tune(given: argparse.Namespace) -> list[dict[str, Any]]:
     for way in _chosen(TUNED, given.ways):
         for factor in FACTORS:
             name = f"{way} × {factor:g}"
-            rates[name] = _rate(factor, pipe, made.latents)
+            rates[name] = _rate(way, factor, pipe, made.latents)
             pictures[name] = _bytes(generated(way, pipe, made, given.steps, factor))
     scores = distances(pictures, made.pixels, given.points, given.device)
     lines = table(scores, pictures, made.asked, made.pixels)

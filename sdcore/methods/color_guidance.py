@@ -41,17 +41,15 @@ KINDS = ("epsilon", "v_prediction", "sample")  # of what UNets predict
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {
         "inner_steps": 8, "rotations": 10, "guided_fraction": 0.93, "decode_scale": 1.0,
-        "unet_gradient": "full", "loss": "binned", "schedule": "constant",
+        "unet_gradient": "full", "loss": "binned", "schedule": "alpha",
     },
 }  # fmt: skip
 # Without the UNet's gradient an inner step's parts take two thirds of their time on a GPU, and
-# colors come nearer in half as many steps. Small steps amid the noise leave the picture its
-# content: benchmarks/notes/color_guidance.md.
-PRESETS["fast"] = PRESETS["quality"] | {
-    "unet_gradient": "frozen", "inner_steps": 4, "schedule": "alpha",
-}  # fmt: skip
-# With which the schedule "alpha" brings colors as near as the constant one.
-ALPHA_RATE = 4.0
+# colors come nearer in half as many steps: benchmarks/notes/color_guidance.md.
+PRESETS["fast"] = PRESETS["quality"] | {"unet_gradient": "frozen", "inner_steps": 4}
+# Of the published rate, with the schedule "alpha". Of the embedded models' pictures more keep their
+# content with it than with the constant rate that brings colors as near.
+ALPHA_RATE = 8 / 3
 # By which the distance that is reported is measured.
 REPORTED_ROTATIONS = 100
 
@@ -82,15 +80,15 @@ class ColorGuidance(Method):
             ``Palette.from_colors`` takes them; or a list of images and palettes, one for each
             picture of the call.
         preset: where the arguments that are None come from: "quality" for the published settings
-            (8 inner steps, 10 rotations, 0.93 of the run guided, decoded at full size, through the
-            UNet, "binned", a constant rate), or "fast": with 4 inner steps, the UNet's gradient
-            "frozen", and the schedule "alpha".
+            but for the schedule (8 inner steps, 10 rotations, 0.93 of the run guided, decoded at
+            full size, through the UNet, "binned", "alpha"), or "fast": with 4 inner steps, and the
+            UNet's gradient "frozen".
         inner_steps: steps of gradient descent at each guided step.
         learning_rate: :math:`\eta`, for latents of unit variance; None for what is published, at
             the size that it is published for, and for latents of h × w in proportion: with SDXL
             100 · (h · w) / 96², with Stable Diffusion 1 and 2 140 · (h · w) / 64², the middle of
-            what is published for 1.5; four times that with the schedule "alpha". A higher one
-            brings colors nearer and costs content.
+            what is published for 1.5; with the schedule "alpha" 8/3 of that, calibrated on the
+            embedded models. A higher one brings colors nearer and costs content.
         normalize_gradient: divides each picture's gradient by its standard deviation; a learning
             rate must then be given (the published one is 0.04).
         rotations: K.
