@@ -2,7 +2,8 @@
 
 mkdocstrings loads it as an extension of Griffe, which reads the source. What it turns into
 Markdown is all that the docstrings have: ``.. math::``, roles such as ``:class:``, and code after
-two colons. Comments that begin with ``#:`` become the docstrings of attributes without one.
+two colons. Comments that begin with ``#:``, and those beside fields, become the docstrings of
+attributes without one.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ class Docstrings(griffe.Extension):
 
 
 def commented(attribute: griffe.Object) -> griffe.Docstring | None:
-    """What the comments above it that begin with ``#:`` say."""
+    """What the comments above it that begin with ``#:`` say, or, of a field, the one beside it."""
     lines = attribute.lines_collection[attribute.filepath]
     found: list[str] = []
     for line in reversed(lines[: attribute.lineno - 1]):
         if not line.strip().startswith("#:"):
             break
         found.insert(0, line.strip().removeprefix("#:").strip())
+    field = attribute.annotation is not None and attribute.parent.is_class
+    if not found and field:
+        found = re.findall(r"  # (.+)$", lines[attribute.lineno - 1])
     return griffe.Docstring("\n".join(found), parent=attribute) if found else None
 
 

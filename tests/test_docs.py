@@ -171,5 +171,6 @@ def test_docstrings_become_markdown(site: Path) -> None:
     assert re.search(r'<span class="arithmatex">\\\(SW_p\^p\\\)</span>', wasserstein)
     assert re.search(r'<a [^>]*href="../palette.html#sdcore.Palette"', wasserstein)
     patching = (site / "api" / "patching.html").read_text()
-    assert "It differentiates. Runs within" in patching  # from comments
+    assert "It differentiates. Runs within" in patching  # from comments above
+    assert "after guidance" in patching  # and beside
     assert "Whatever a method" in patching  # from a list in which it has no name
