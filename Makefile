@@ -10,12 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench clean FORCE
+.PHONY: help demo docs test test-gpu bench clean FORCE
 
 help:
 	@echo "make demo      install into .venv, recolor a picture, make one in a photo's colors, see demo/"
 	@echo "make test      lint, tests, Triton's interpreter, ahead-of-time compilation; no GPU needed"
 	@echo "make test-gpu  build and test with the Python, torch and nvcc of this machine, on its GPU"
+	@echo "make docs      build the site of the documentation, in build/site"
 	@echo "make bench     run the benchmarks on this machine"
 	@echo "make clean     remove what was built, but not .venv's packages"
 	@echo
@@ -25,7 +26,7 @@ demo: $(VENV)/installed
 	mkdir -p demo
 	$(BIN)/sdcore recolor --output demo/recolored.png --figure demo/recolor.png
 	$(BIN)/sdcore color --reference coffee --prompt "a red circle left of a blue square" \
-	  --guidance 4 --seed 3 --output demo/colored.png --figure demo/color.png
+	  --guidance 4 --seed 1 --output demo/colored.png --figure demo/color.png
 	@echo
 	@echo "Pictures before and after, with their colors, in $(CURDIR)/demo:"
 	@echo "  recolor.png   a photo in the colors of another (alone: recolored.png)"
@@ -38,6 +39,10 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 	$(BIN)/python -m tests.aot
+
+# The theme's maintainers warn of MkDocs 2 at each build; the version is fixed in constraints.txt.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test-gpu:
 	bash benchmarks/gpu.sh

@@ -106,10 +106,9 @@ class ColorGuidance(Method):
         seed: of the rotations; None for that of the (first) ``generator`` that the pipeline is
             called with, or else ``torch.initial_seed()``.
         graph: on a GPU capture an inner step as one CUDA graph, which serves all of them, and the
-            pipeline's own calls of the UNet as another, unless another method is around these
-            calls, too, or the loss is "published". They keep the memory that an inner step
-            needs, and the UNet's convolutions their weights channels-last, until the method is
-            removed.
+            pipeline's own calls of the UNet as another; neither if another method is around these
+            calls, too, or the loss is "published". They keep the memory that an inner step needs,
+            and the UNet's convolutions their weights channels-last, until the method is removed.
 
     Works with Stable Diffusion 1, 2 and SDXL, from text, from images and with ControlNet, whose
     residuals are held at what they were for x; with models that predict noise, v or the sample.
