@@ -15,7 +15,7 @@ import csv
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -263,10 +263,10 @@ def draw(path: Path) -> None:
         )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.check:
         if pages := differing():
             sys.exit(f"not what the CSVs say: {', '.join(pages)}; run python -m benchmarks.report")

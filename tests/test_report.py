@@ -41,8 +41,7 @@ def test_a_changed_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patched.setitem(report.PAGES, "README.md", changed)
         assert report.differing() == ["README.md"]
         with pytest.raises(SystemExit, match=r"not what the CSVs say: README\.md"):
-            patched.setattr("sys.argv", ["report", "--check"])
-            report.main()
+            report.main(["--check"])
     folder = tmp_path / "results"
     shutil.copytree(report.RESULTS, folder)
     file = folder / "color_guidance_h100.csv"
