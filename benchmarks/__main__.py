@@ -100,8 +100,8 @@ class Run:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that is told what was done last: of a bar, if tqdm is installed and this is a terminal; else of lines.
-    The bar moves on by one for each text that begins with a "+"."""
+    """A function that is told what was done last: of a bar, if tqdm is installed and this is a
+    terminal; else of lines. The bar moves on by one for each text that begins with a "+"."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -718,6 +718,8 @@ def rows(asked: Asked) -> Iterator[Row]:
     if not asked.has(torch.bfloat16, torch.float32):
         return
     named = f", {measure.dtype_name(asked.dtype)}" if asked.dtype else ""
+    if asked.quick and not asked.on_gpu and not named:
+        named = ", float32"  # a CPU takes a minute for an image in bfloat16
     for case in cases(asked.device, asked.full_models, asked.cases, named):
         yield from measured(case, asked)
         released()

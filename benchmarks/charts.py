@@ -166,9 +166,10 @@ def _short(size: float) -> str:
 
 
 def _time(milliseconds: float) -> str:
-    for least, name, factor in UNITS:
-        if milliseconds >= 0.999 * least:
-            break
+    name, factor = next(
+        ((name, factor) for least, name, factor in UNITS if milliseconds >= 0.999 * least),
+        UNITS[-1][1:],
+    )
     return f"{milliseconds * factor:.3g} {name}"
 
 
