@@ -52,6 +52,7 @@ from sdcore.embedded import FOLDER, evaluate, models, reader, world
 from sdcore.patching import Call
 
 STEPS, TURNS = 12, 4  # of a run; runs
+FEW_STEPS, FEW_TURNS = 4, 1  # with --quick
 # https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 # https://huggingface.co/stabilityai/stable-diffusion-2-1, unet/config.json
@@ -65,6 +66,7 @@ SCALES = {"sd": 0.18215, "xl": 0.13025}
 # By the guidance of source and adapted model; None is the pipeline's.
 STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 2.0)}
 RANK = 16
+PUBLISHED = "three calls, as published"
 SHOWN = 5  # prompts, on a sheet
 
 
@@ -224,7 +226,9 @@ def run(case: Case, steps: int, **more: Any) -> Tensor:
     ).images  # fmt: skip
 
 
-def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[float, float]:
+def step_of(
+    case: Case, method: sdcore.Method | None, device: str, turns: int, steps: int
+) -> tuple[float, float]:
     """Milliseconds of a step, and half the range of their middle half: from the end of a step to
     that of the one after the next, halved, on the GPU's own clock."""
     marks: list[Any] = []
@@ -238,9 +242,9 @@ def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[floa
         if method is not None:
             stack.enter_context(sdcore.patch(case.target, method))
         run(case, 3)
-        for _ in range(TURNS):
+        for _ in range(turns):
             marks.clear()
-            run(case, STEPS, callback_on_step_end=mark)
+            run(case, steps, callback_on_step_end=mark)
             if device == "cuda":
                 torch.cuda.synchronize()
             taken += [between(a, b) / 2 for a, b in zip(marks[1:], marks[3:], strict=False)]
@@ -293,7 +297,9 @@ class Alone(sdcore.DeltaSampling):
         return proceed(call)
 
 
-def cost(case: Case, device: str) -> list[Row]:
+def cost(case: Case, asked: Asked) -> list[Row]:
+    device = asked.device
+    turns, steps = (FEW_TURNS, FEW_STEPS) if asked.quick else (TURNS, STEPS)
     given = (case.source, case.adapted)
     alone = Alone(*given)
     compared = {how: Compared(*given, graphs=how) for how in (True, False)}
@@ -307,13 +313,15 @@ def cost(case: Case, device: str) -> list[Row]:
             )
     ways = {
         "plain target": None,
-        "three calls, as published": AsPublished(*given, graphs=False),
+        PUBLISHED: AsPublished(*given, graphs=False),
         "DeltaSampling": sdcore.DeltaSampling(*given),
         "DeltaSampling, without graphs": sdcore.DeltaSampling(*given, graphs=False),
         "DeltaSampling, guidance_scale=1": sdcore.DeltaSampling(*given, guidance_scale=1),
         "DeltaSampling, refresh_every=2": sdcore.DeltaSampling(*given, refresh_every=2),
     }
-    taken = {name: step_of(case, method, device) for name, method in ways.items()}
+    if asked.quick:
+        ways = {name: ways[name] for name in ("plain target", PUBLISHED, "DeltaSampling")}
+    taken = {name: step_of(case, method, device, turns, steps) for name, method in ways.items()}
     *each, together = alone.milliseconds
     total = sum(each)
     parts = " + ".join(f"{one:.2f}" for one in each)
@@ -323,7 +331,7 @@ def cost(case: Case, device: str) -> list[Row]:
         "the three models in one graph": f"off by {compared[True].off:.1e}",
         "DeltaSampling, without graphs": f"off by {compared[False].off:.1e}",
         "plain target": f"differs by {compared[False].moved:.1e}",
-        "three calls, as published": "the reference",
+        PUBLISHED: "the reference",
     }
     made = []
     for name, (milliseconds, spread) in taken.items():
@@ -335,7 +343,7 @@ def cost(case: Case, device: str) -> list[Row]:
                 checks.get(name, "another result"),
                 passed=True if checks.get(name, "").startswith("off by") else None,
                 ratios={
-                    "three calls, as published": taken["three calls, as published"][0]
+                    PUBLISHED: taken[PUBLISHED][0]
                     / milliseconds,
                     f"the sum of graphs, {parts} ms": total / milliseconds,
                     "plain target": taken["plain target"][0] / milliseconds,
@@ -349,7 +357,7 @@ def rows(asked: Asked) -> Iterator[Row]:
     if asked.has(torch.bfloat16 if asked.full_models else torch.float32):
         for case in cases(asked.device, asked.full_models):
             if asked.cases in case.name:
-                yield from cost(case, asked.device)
+                yield from cost(case, asked)
 
 
 # ---------------------------------------------------------------------------------------------

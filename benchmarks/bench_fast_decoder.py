@@ -187,11 +187,11 @@ def ways(case: Case, peers: str) -> dict[str, tuple[Way, Way]]:
     return found
 
 
-def wall_clock(call: Callable[[], Any]) -> tuple[float, float, str]:
+def wall_clock(call: Callable[[], Any], calls: int) -> tuple[float, float, str]:
     for _ in range(3):
         call()
     samples = []
-    for _ in range(CALLS):
+    for _ in range(calls):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -228,7 +228,7 @@ def measured(case: Case, asked: Asked) -> list[Row]:
     tf32 = torch.backends.cudnn.allow_tf32
     work = asked.ceilings.multiplying(operations(case), dtype, tf32)
     rows: list[Row] = []
-    allowed = 0.0
+    allowed, calls = 0.0, 3 if asked.quick else CALLS
     # Inductor takes minutes on a CPU.
     peers = asked.options.get("peers", "none of them" if asked.quick else "")
     for name, both in ways(case, peers).items():
@@ -248,7 +248,9 @@ def measured(case: Case, asked: Asked) -> list[Row]:
                     return case.call(model, case.inputs)
 
                 taken = (
-                    measure.milliseconds(call, [()], asked.device) if in_graph else wall_clock(call)
+                    measure.milliseconds(call, [()], asked.device)
+                    if in_graph
+                    else wall_clock(call, calls)
                 )
             what = "float64" if wanted.dtype == torch.float64 else "float32"
             rows.append(
@@ -274,6 +276,8 @@ def rows(asked: Asked) -> Iterator[Row]:
     if asked.has(own):
         for case in cases(asked.device, asked.full_models, asked.cases):
             yield from measured(case, asked)
+            if asked.quick:  # decoding alone
+                return
 
 
 def main() -> None:

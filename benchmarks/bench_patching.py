@@ -33,7 +33,7 @@ from sdcore.embedded import models
 # Pairs of calls, and the steps of each: where the host is what takes long, times vary widely.
 TURNS = {"host alone": (9, 200), "eager": (40, 3), "CUDA graph": (40, 3)}
 # The same with --quick.
-FEW_TURNS = {"host alone": (5, 20), "eager": (5, 3), "CUDA graph": (5, 3)}
+FEW_TURNS = {"host alone": (3, 10), "eager": (2, 1), "CUDA graph": (2, 1)}
 REST = 0.15  # seconds before each call: back to back, steps in a graph varied by a tenth
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
 SDXL = {

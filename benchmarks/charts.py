@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Ours first: in the figures' colors. What else there is follows, in quieter ones.
 OURS, PEERS = LINES, ("#6f6f6f", "#b07d2b", "#8d6cab", "#4d9a9a", "#b56576", "#7d8a4c", "#5c7da6")
 MARKERS = "osD^vPX<>"
-LEAST = 3  # points of a curve
+LEAST = 3  # points of a panel's longest line; of others two
 UNITS = ((1e3, "s", 1e-3), (1.0, "ms", 1.0), (1e-3, "µs", 1e3))
 
 
@@ -64,9 +64,11 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         panel.lines = {
             name: sorted(points, key=lambda point: point[0])
             for name, points in panel.lines.items()
-            if len(points) >= LEAST
+            if len(points) > 1
         }
-    return [panel for panel in found.values() if panel.lines]
+    return [
+        panel for panel in found.values() if max(map(len, panel.lines.values()), default=0) >= LEAST
+    ]
 
 
 def figure(shown: Sequence[Panel]) -> Figure:
@@ -130,6 +132,7 @@ def _draw_panel(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> No
     axes.set_xticks(known[:: -(-len(known) // 8)])
     axes.set_xlabel(panel.axis, color=INK)
     axes.set_title(panel.fixed, color=INK, fontsize=10)
+    axes.tick_params(which="minor", length=0)
     axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
     axes.grid(color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)
@@ -148,11 +151,12 @@ def _ceilings(panel: Panel, looks: dict[str, Any]) -> Iterator[tuple[str, Line, 
     ours = {
         name: floor for name, floor in floors.items() if floor and panel.lines[name][0][1].ratios
     }
-    if len(ours) == 1:
-        ((_, floor),) = ours.items()
-        longest = max(floors.values(), key=len)
-        shared = all(math.isclose(b, dict(longest).get(a, b), rel_tol=0.02) for a, b in floor)
-        yield "ceiling", tuple(zip(*(longest if shared else floor), strict=True)), INK
+    if not ours:
+        return
+    longest = dict(max(floors.values(), key=len))
+    points = [point for floor in ours.values() for point in floor]
+    if all(math.isclose(taken, longest.get(at, 0), rel_tol=0.02) for at, taken in points):
+        yield "ceiling", tuple(zip(*longest.items(), strict=True)), INK
         return
     for name, floor in ours.items():
         yield f"ceiling of {name}", tuple(zip(*floor, strict=True)), looks[name]["color"]

@@ -27,7 +27,7 @@ from benchmarks import measure
 from benchmarks.measure import Row, Work
 from benchmarks.suite import Asked
 
-LIMIT, QUICK_LIMIT = 3000.0, 300.0  # milliseconds of a call
+LIMIT, QUICK_LIMIT = 3000.0, 150.0  # milliseconds of a call
 SORTED = 2**24  # points times directions that are sorted in float64 for a check
 # Bytes beside the inputs, for each point and direction: keys and their order, before and after, of
 # both sides, with what a sort needs besides.
@@ -56,7 +56,7 @@ class Point:
 
 def curve(op: str, points: Iterable[Callable[[], Point]], asked: Asked) -> Iterator[Row]:
     """``points`` from small to large; each is made when it is its turn."""
-    limit, repeats = (QUICK_LIMIT, 5) if asked.quick else (LIMIT, 7)
+    limit, repeats = (QUICK_LIMIT, 3) if asked.quick else (LIMIT, 7)
     last: dict[str, tuple[float, float]] = {}  # cost and time of the last point
     ended: set[str] = set()
     for make in points:
@@ -222,7 +222,7 @@ def _wide_point(batch: int, tokens: int, dtype: torch.dtype, asked: Asked) -> Po
 
 def group_norm_silu(asked: Asked) -> Iterator[Row]:
     """Along the pixels, of 128 channels, contiguous."""
-    yield from _of_pixels("group_norm_silu", asked, range(4, 10) if asked.quick else range(4, 12))
+    yield from _of_pixels("group_norm_silu", asked, range(4, 9) if asked.quick else range(4, 12))
 
 
 def geglu(asked: Asked) -> Iterator[Row]:
@@ -232,7 +232,7 @@ def geglu(asked: Asked) -> Iterator[Row]:
 
 def delta_combine(asked: Asked) -> Iterator[Row]:
     """Along the pixels, of epsilon predictions of latents of 4 channels."""
-    yield from _of_pixels("delta_combine", asked, range(4, 10) if asked.quick else range(4, 12))
+    yield from _of_pixels("delta_combine", asked, range(4, 9) if asked.quick else range(4, 12))
 
 
 def _of_pixels(op: str, asked: Asked, powers: range) -> Iterator[Row]:
