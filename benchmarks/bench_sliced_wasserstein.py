@@ -269,7 +269,7 @@ def run_case(case: Case, asked: Asked, peers: bool) -> list[Row]:
     only = asked.options.get("only_ways") or ""
     rivals = [
         found
-        for found in _peers(case, asked)
+        for found in peers_of(case, asked)
         if peers and _named(found[0], only) and not (skip and _named(found[0], skip))
     ]
     wanted = [one for one in OURS if _named(one.name, only) and one.runs(case, device)]
@@ -301,7 +301,7 @@ def _named(name: str, parts: str) -> bool:
     return any(part.strip() in name for part in parts.split(";"))
 
 
-def _peers(case: Case, asked: Asked) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def peers_of(case: Case, asked: Asked) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "torch", torch_sort
     if asked.on_gpu:
         yield "torch.compile", compiled()

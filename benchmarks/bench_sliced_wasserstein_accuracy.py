@@ -285,7 +285,7 @@ def _cells(rival: float, ours: float, ratio: float, bound: str) -> tuple[str, ..
 def comparisons(asked: Asked) -> Iterator[Row]:
     n, count = (262144, 8) if asked.on_gpu else (16384, 4)
     if asked.quick:
-        n, count = (4096, 4) if asked.on_gpu else (1024, 2)
+        n, count = 4096, 4
     names = available(asked.device)
     if not asked.has(*DTYPES):
         return

@@ -2,7 +2,7 @@
 
 Copies of memory (bytes read and written), products of matrices in each dtype that is used; on a GPU
 also updates and reads of random entries of a table in shared memory, and launches. A CPU copies and
-multiplies with all of its threads. What stays in a cache may be faster than a copy.
+multiplies with all of its threads, and the fastest of several counts. What stays in a cache may be faster than a copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.measure import Row, Work
 from sdcore import backends
 
 BINS = 4096  # of the table in shared memory
-SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough for the full rate
+SIDES = {"cuda": 8192, "cpu": 2048}  # of the matrices: large enough for the full rate
 VALUES = {"cuda": 1 << 28, "cpu": 1 << 26}  # that are copied, of 4 bytes
 
 
@@ -117,6 +117,10 @@ class Ceilings:
         sets: list[tuple] | None = None,
     ) -> float:
         taken = measure.milliseconds(call, sets or [()], self.device, graph=graph)
+        if self.device == "cpu":
+            # Whoever else runs on it slows it down, by turns.
+            more = (measure.milliseconds(call, [()], "cpu", 3) for _ in range(5))
+            taken = min(taken, *more)
         name = measure.dtype_name(dtype) if dtype else ""
         self.rows.append(Row("ceiling", case, "this machine", name, *taken, "a ceiling"))
         return count / (taken[0] * 1e-3)

@@ -93,8 +93,7 @@ def figure(shown: Sequence[Panel]) -> Figure:
         labelcolor=INK, ncols=min(3, len(handles)), fontsize=9,
     )  # fmt: skip
     first = shown[0]
-    made.suptitle(f"{first.op}, {first.dtype}", color=INK, fontsize=13)
-    made.supxlabel(first.device, color=FAINT, fontsize=8, x=0.99, ha="right")
+    made.suptitle(f"{first.op}, {first.dtype}\n{first.device}", color=INK, fontsize=12)
     return made
 
 
@@ -116,7 +115,7 @@ def _looks(shown: Sequence[Panel]) -> dict[str, dict[str, Any]]:
 
 
 def _draw_panel(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for name, points in panel.lines.items():
         at, times = zip(*((size, row.milliseconds) for size, row in points), strict=True)
@@ -125,6 +124,7 @@ def _draw_panel(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> No
         axes.plot(at, times, color=color, linewidth=1.1, linestyle=(0, (5, 3)), label=label)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -146,7 +146,7 @@ def _wasserstein_point(case: wasserstein.Case, asked: Asked) -> Point:
         for one in wasserstein.OURS
         if not one.variant and one.runs(case, asked.device)
     ]  # fmt: skip
-    for name, loss in wasserstein._peers(case, asked):
+    for name, loss in wasserstein.peers_of(case, asked):
         if name in OF_A_SORT:
             call, needs = wasserstein.with_gradient(loss), OF_A_SORT[name] * case.pairs
             ways.append(Way(name, call, lambda _: ("the peer", True), Work(), False, needs))
