@@ -2,7 +2,8 @@
 
 Copies of memory (bytes read and written), products of matrices in each dtype that is used; on a GPU
 also updates and reads of random entries of a table in shared memory, and launches. A CPU copies and
-multiplies with all of its threads, and the fastest of several counts. What stays in a cache may be faster than a copy.
+multiplies with all of its threads, and the fastest of several counts. What stays in a cache may be
+faster than a copy.
 """
 
 from __future__ import annotations
