@@ -134,11 +134,9 @@ def measured(asked: Asked, chosen: Sequence[str], path: Path) -> Run:
 
 
 def chosen_by(given: argparse.Namespace) -> list[str]:
-    found = names()
+    found = [] if given.scaling else names()
     if given.scaling or given.size != "default":
         found += curve_names()
-    if given.scaling and given.size == "default":
-        found = curve_names()
     parts = given.only
     return [name for name in found if not parts or any(part in name for part in parts)]
 
@@ -166,7 +164,9 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="PART", help="benchmarks whose names have one of these"
     )
     made.add_argument(
-        "--scaling", action="store_true", help="curves over sizes, alone; --full has them too"
+        "--scaling",
+        action="store_true",
+        help="curves over sizes alone, which --quick and --full have, too",
     )
     made.add_argument("--out", type=Path, default=OUT, help="(%(default)s)")
     made.add_argument("--list", action="store_true", help="the benchmarks' names, and nothing else")
