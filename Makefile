@@ -3,9 +3,11 @@
 #   PYTHON  the Python that .venv is made with
 #   TORCH   what pip installs first: the tested version, or what is named here, such as
 #           TORCH=torch==2.11.0 or TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   BENCH   arguments of the benchmarks, such as BENCH="--quick --only geglu"
 
 PYTHON ?= python3
 TORCH ?= torch
+BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -17,10 +19,10 @@ help:
 	@echo "make test      lint, tests, Triton's interpreter, ahead-of-time compilation; no GPU needed"
 	@echo "make test-gpu  build and test with the Python, torch and nvcc of this machine, on its GPU"
 	@echo "make docs      build the site of the documentation, in build/site"
-	@echo "make bench     run the benchmarks on this machine"
+	@echo "make bench     run the benchmarks on this machine; BENCH=--quick takes minutes"
 	@echo "make clean     remove what was built, but not .venv's packages"
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  BENCH=$(BENCH)"
 
 demo: $(VENV)/installed
 	mkdir -p demo
@@ -48,7 +50,7 @@ test-gpu:
 	bash benchmarks/gpu.sh
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.bench_sliced_wasserstein
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache $(VENV)/installed

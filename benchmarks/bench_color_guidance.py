@@ -1,13 +1,14 @@
 """An image guided by the colors of a reference, from end to end.
 
-``python -m benchmarks.bench_color_guidance [--device cuda] [--csv FILE] [--cases PART]
-[--ways PART;PART] [--upstream PATH]``
+``python -m benchmarks.bench_color_guidance [--device cuda] [--quick] [--csv FILE]
+[--cases PART] [--ways PART;PART] [--upstream PATH]``
 
 On a GPU models have the sizes of SDXL's, in bfloat16, for 768 pixels, with 30 steps of which 28 are
 guided by 8 iterations; and of Stable Diffusion 1.5's, for 512 pixels, with 30 steps of which 29 are
 guided by 10 iterations, in float32, as published, and in bfloat16. Weights are random; the VAE's
-last layer is scaled so that pictures fill their range. On a CPU the embedded models, and few steps.
-Texts are random, and text encoders left out. All that is told is for one image, with its decoding.
+last layer is scaled so that pictures fill their range. On a CPU, and with --quick, the embedded
+models, and few steps; --quick leaves out the vectorized sort. Texts are random, and text encoders
+left out. All that is told is for one image, with its decoding.
 
 Ways:
 
@@ -40,7 +41,6 @@ rate of a plain matrix product of the same dtype in the same run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -69,13 +69,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdcore
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.baselines import sw_guidance
 from benchmarks.baselines.sw_guidance import Texts
 from benchmarks.bench_delta_sampling import SCALES, SD15
-from benchmarks.bench_fast_decoder import VAE, product_rate
+from benchmarks.bench_fast_decoder import VAE
 from benchmarks.bench_patching import SDXL
-from benchmarks.measure import Row
+from benchmarks.ceilings import Ceilings
+from benchmarks.measure import Row, Work
+from benchmarks.suite import Asked
 from sdcore import embedded
 from sdcore.embedded import models
 from sdcore.methods.color_guidance import frozen
@@ -165,15 +167,20 @@ def large(kind: str, device: str, dtype: torch.dtype) -> Any:
 
 
 def case_of(
-    name: str, pipe: Any, side: int, pooled: int, guided: int, published: dict[str, Any]
+    name: str,
+    pipe: Any,
+    side: int,
+    pooled: int,
+    guided: int,
+    published: dict[str, Any],
+    full: bool,
 ) -> Case:
     """``side``: pixels. ``pooled``: how wide the second text encoder's summary is. ``guided``: of
-    30 steps on a GPU."""
+    30 steps if it is of full size."""
     pipe.set_progress_bar_config(disable=True)
     unet, is_xl = pipe.unet, pooled > 0
     made = {"device": unet.device, "dtype": unet.dtype}
-    on_gpu = unet.device.type == "cuda"
-    steps, guided = (30, guided) if on_gpu else (4, 3)
+    steps, guided = (30, guided) if full else (4, 3)
     torch.manual_seed(1)
     context, added = torch.randn(2, 77, unet.config.cross_attention_dim, **made), {}
     if is_xl:
@@ -184,7 +191,7 @@ def case_of(
     colors = torch.rand(3, side, side, generator=torch.Generator().manual_seed(2))
     warm = torch.tensor([1.0, 0.6, 0.3])[:, None, None]
     colors = 0.3 * colors + 0.7 * warm * torch.linspace(0, 1, side)
-    if not on_gpu:
+    if not full:
         published = published | {"inner_steps": 2}
         if "sides" in published:
             published["sides"] = (latents.shape[-1] * 3 // 4, latents.shape[-1])
@@ -201,24 +208,26 @@ def case_of(
     )  # fmt: skip
 
 
-def cases(device: str, wanted: str) -> Iterator[Case]:
+def cases(device: str, full: bool, wanted: str, dtype: str) -> Iterator[Case]:
+    """``wanted``: a part of the name; ``dtype``: its end."""
     bf16, f32 = torch.bfloat16, torch.float32
     xl, sd = sw_guidance.SDXL, sw_guidance.SD15
-    if device == "cuda":
+    if full:
         kinds = {
             "SDXL, 768², bfloat16": (lambda: large("xl", device, bf16), 768, 1280, 28, xl),
             "SD 1.5, 512², float32": (lambda: large("sd", device, f32), 512, 0, 29, sd),
             "SD 1.5, 512², bfloat16": (lambda: large("sd", device, bf16), 512, 0, 29, sd),
         }
     else:
+        small = functools.partial(embedded.load, device=device)
         width = models.TEXTS["xl"][1][0]
         kinds = {
-            "embedded xl, bfloat16": (lambda: embedded.load("xl", dtype=bf16), 128, width, 3, xl),
-            "embedded v1, float32": (lambda: embedded.load("v1", dtype=f32), 128, 0, 3, sd),
+            "embedded xl, bfloat16": (lambda: small("xl", dtype=bf16), 128, width, 3, xl),
+            "embedded v1, float32": (lambda: small("v1", dtype=f32), 128, 0, 3, sd),
         }
     for name, (pipe, *rest) in kinds.items():
-        if wanted in name:
-            yield case_of(name, pipe(), *rest)
+        if wanted in name and name.endswith(dtype):
+            yield case_of(name, pipe(), *rest, full)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,10 +458,6 @@ def exact(case: Case) -> Tensor:
         torch.backends.cudnn.allow_tf32 = before
 
 
-class WrongError(Exception):
-    """A result that is further off than allowed."""
-
-
 class Check:
     def __init__(self, case: Case) -> None:
         self.case, self.wanted = case, exact(case)
@@ -467,7 +472,9 @@ class Check:
     def __call__(self, u: Tensor) -> str:
         off = self.off(u)
         if not off <= self.allowed:
-            raise WrongError(f"{self.case.name}: off by {off:.2e}, allowed {self.allowed:.2e}")
+            raise measure.WrongError(
+                f"{self.case.name}: off by {off:.2e}, allowed {self.allowed:.2e}"
+            )
         what = str(self.wanted.dtype).removeprefix("torch.")
         return f"{what}, off by {off:.1e} (published {self.published:.1e})"
 
@@ -572,9 +579,9 @@ def operations(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def floor_of(case: Case, options: dict[str, Any]) -> float:
-    """Milliseconds that the products and convolutions of an image take, of a loop that decodes at
-    the sizes in ``options``."""
+def work_of(case: Case, options: dict[str, Any], ceilings: Ceilings) -> Work:
+    """The products and convolutions of an image, of a loop that decodes at the sizes in
+    ``options``."""
     pipe, x, t = case.pipe, case.latents, checked_time(case)
     with frozen_models(case):
         loop = loop_of(case, pipe, options)
@@ -586,7 +593,8 @@ def floor_of(case: Case, options: dict[str, Any]) -> float:
         f"{case.name}: {one / 1e12:.2f} TFLOP an iteration, {step / 1e12:.2f} a step besides, "
         f"{last / 1e12:.2f} the last decoding"
     )
-    return 1e3 * total / product_rate(x.dtype)
+    # In TF32 where convolutions are.
+    return ceilings.multiplying(total, x.dtype, torch.backends.cudnn.allow_tf32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -607,17 +615,20 @@ def peak() -> str:
     return f"; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
-def measured(case: Case, device: str, wanted: str, path: Path | None) -> Iterator[Row]:
+def measured(case: Case, asked: Asked) -> Iterator[Row]:
     """One row after the other. Ratios to ways that come later are filled in then."""
+    path: Path | None = asked.options.get("upstream")
     found: dict[str, Row] = {}
 
-    def row(name: str, taken: tuple[float, float], how: str, check: str, floor: float) -> Row:
+    def row(
+        name: str, taken: tuple[float, float], how: str, check: str, passed: bool | None, work: Work
+    ) -> Row:
         found[name] = Row(
             "color_guidance",
             f"an image, {case.name}, {case.steps} steps, {case.guided} guided",
             name, str(case.latents.dtype).removeprefix("torch."), *taken, how, check + peak(),
-            f"{100 * floor / taken[0]:.0f} %" if floor else "", device=device,
-        )  # fmt: skip
+            passed=passed,
+        ).against(work)  # fmt: skip
         for one in PRESETS:
             if one in found:
                 found[one].ratios = {
@@ -627,23 +638,25 @@ def measured(case: Case, device: str, wanted: str, path: Path | None) -> Iterato
                 }
         return found[name]
 
-    def of_parts(name: str, parts: Parts, check: str, floor: float) -> Row:
+    def of_parts(name: str, parts: Parts, check: str, passed: bool | None, work: Work) -> Row:
         per = statistics.mean(parts.guided) / case.inner_steps
         said = f"{check}; {case.inner_steps} iterations of {per:.1f} ms: {parts}"
-        return row(name, parts.image(case), "sum of parts", said, floor)
+        return row(name, parts.image(case), "sum of parts", said, passed, work)
 
     names = [PUBLISHED, EAGER, *PRESETS, COMPILED]
+    # Inductor takes minutes on a CPU.
+    if asked.quick:
+        names = [PUBLISHED, *PRESETS]
+    wanted = asked.options.get("ways", "").split(";")
     if path is not None and case.is_xl:
         names.insert(1, UPSTREAM)
-    names = [name for name in names if any(part in name for part in wanted.split(";"))]
+    names = [name for name in names if any(part in name for part in wanted)]
     if not names:
         return
     check = Check(case)
-    whole = looped = 0.0
-    if device == "cuda":
-        looped = floor_of(case, at_one_size(case))
-        sized = "sides" in case.published
-        whole = floor_of(case, at_one_size(case) | {"sides": None}) if sized else looped
+    looped = whole = work_of(case, at_one_size(case), asked.ceilings)
+    if "sides" in case.published:
+        whole = work_of(case, at_one_size(case) | {"sides": None}, asked.ceilings)
     for name in names:
         released()
         if name == PUBLISHED:
@@ -651,13 +664,13 @@ def measured(case: Case, device: str, wanted: str, path: Path | None) -> Iterato
                 case, case.pipe, loop_of(case, case.pipe, case.published), as_published=True
             )
             what = f"the peer, off by {check.published:.1e} from {check.wanted.dtype}"
-            yield of_parts(name, parts, what.replace("torch.", ""), looped)
+            yield of_parts(name, parts, what.replace("torch.", ""), None, looped)
         elif name == UPSTREAM:
             module, theirs = original(case, path)
             off = original_differs(case, module, theirs)
             released()
             parts = parts_of(case, theirs, original_loop(case, theirs), as_published=True)
-            yield of_parts(name, parts, f"differs from published by {off:.1e}", looped)
+            yield of_parts(name, parts, f"differs from published by {off:.1e}", None, looped)
             del module, theirs
         elif name in PRESETS:
             quality = PRESETS[name] == "quality"
@@ -665,9 +678,10 @@ def measured(case: Case, device: str, wanted: str, path: Path | None) -> Iterato
             released()
             taken, split = end_to_end(case, PRESETS[name])
             said = f"{verdict}; {split}"
-            yield row(name, taken, "end to end", said, whole if quality else 0.0)
+            passed, work = (True, whole) if quality else (None, Work())
+            yield row(name, taken, "end to end", said, passed, work)
             if quality:
-                yield from part_rows(case, taken[0], device)
+                yield from part_rows(case, taken[0])
         else:
             models_of, options = {
                 EAGER: (frozen_models, vectorized(case)),
@@ -676,17 +690,17 @@ def measured(case: Case, device: str, wanted: str, path: Path | None) -> Iterato
             with models_of(case) as pipe:
                 try:
                     verdict = check(control(case, pipe, sw_guidance.vectorized_loss))
-                except WrongError as error:
+                except measure.WrongError as error:
                     # As with a decoder that Inductor compiles for a CPU, PyTorch 2.13: its gradient
                     # is 0. No time is told then.
                     print(f"{name}: no row. {error}")
                     continue
                 released()
                 parts = parts_of(case, pipe, loop_of(case, pipe, options), as_published=False)
-            yield of_parts(name, parts, verdict, looped)
+            yield of_parts(name, parts, verdict, True, looped)
 
 
-def part_rows(case: Case, image: float, device: str) -> Iterator[Row]:
+def part_rows(case: Case, image: float) -> Iterator[Row]:
     found = alone(case)
     count = case.guided * case.inner_steps
     rest = image - count * sum(taken for taken, _, _ in found.values())
@@ -697,24 +711,25 @@ def part_rows(case: Case, image: float, device: str) -> Iterator[Row]:
             str(case.latents.dtype).removeprefix("torch."), *taken,
             f"with its gradient; {count} are {share:.0f} % of an image; neither UNet, decoder nor "
             f"loss of any iteration {other:.0f} %",
-            device=device,
         )  # fmt: skip
 
 
+def rows(asked: Asked) -> Iterator[Row]:
+    if not asked.has(torch.bfloat16, torch.float32):
+        return
+    named = f", {measure.dtype_name(asked.dtype)}" if asked.dtype else ""
+    if asked.quick and not asked.on_gpu and not named:
+        named = ", float32"  # a CPU takes a minute for an image in bfloat16
+    for case in cases(asked.device, asked.full_models, asked.cases, named):
+        yield from measured(case, asked)
+        released()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="those whose name holds this")
+    parser = suite.parser_of(__doc__)
     parser.add_argument("--ways", default="", help="those whose name holds one of these")
     parser.add_argument("--upstream", type=Path, help="a checkout of alobashev/sw-guidance")
-    given = parser.parse_args()
-    rows: list[Row] = []
-    for case in cases(given.device, given.cases):
-        for row in measured(case, given.device, given.ways, given.upstream):
-            measure.report([row], given.csv, rows)
-            rows.append(row)
-        released()
+    suite.main(rows, parser)
 
 
 if __name__ == "__main__":

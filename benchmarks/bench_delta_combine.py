@@ -1,6 +1,7 @@
 """Speed of Delta Sampling's arithmetic: combination, guidance and a step of six predictions.
 
-``python -m benchmarks.bench_delta_combine [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_delta_combine [--device cuda] [--dtype float16] [--quick] [--csv FILE]
+[--cases PART]``
 
 Latents of 1024 pixels, one picture and 64, in bfloat16: DDIM's next sample of guided epsilon
 predictions, and of v predictions with a delta of epsilon predictions; guidance rescaled; and one
@@ -13,22 +14,21 @@ predictions twice where guidance is rescaled.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.ops import delta_combine
 
 SHAPES = ((1, 4, 128, 128), (64, 4, 128, 128))
-DTYPE = torch.bfloat16
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}
 CALLS = 200  # from Python, of which the median counts
 LEVELS = {"alpha": 0.8, "sigma": 0.6, "next_alpha": 0.9, "next_sigma": 0.436}
 STRENGTH, GUIDANCE = 0.7, 5.0
@@ -40,13 +40,15 @@ WORK: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(shape: tuple[int, ...], device: str, seed: int) -> tuple[Tensor, ...]:
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, ...]:
     """Predictions of both branches of three models, the sample, and its levels."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def drawn(rows: int) -> Tensor:
         size = (rows, *shape[1:])
-        return torch.randn(size, generator=generator, device=device).to(DTYPE)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     levels = [torch.tensor(value, device=device) for value in LEVELS.values()]
     return (*(drawn(2 * shape[0]) for _ in range(3)), drawn(shape[0]), *levels)
@@ -107,71 +109,89 @@ def from_python(call: Callable[..., Any], given: list[tuple[Any, ...]], device: 
     return statistics.median(taken[20:])
 
 
-def rows_of(shape: tuple[int, ...], device: str, ceiling: float) -> list[Row]:
-    values = torch.Size(shape).numel()
-    size = torch.finfo(DTYPE).bits // 8
-    given = [inputs(shape, device, n) for n in range(measure.sets_for(8 * values * size, device))]
+def rows_of(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    asked: Asked,
+) -> Iterator[Row]:
+    device, values = asked.device, torch.Size(shape).numel()
+    sets = measure.sets_for(8 * values * dtype.itemsize, device)
+    given = [inputs(shape, dtype, device, n) for n in range(sets)]
     case = f"({', '.join(map(str, shape))})"
-    ways: list[tuple[str, str, Callable[..., Tensor], int]] = [("an addition", "", added, 3)]
-    for name, options in WORK.items():
+    timings = ("from Python", "graph") if asked.on_gpu else ("from Python",)
+    addition = {
+        how: timed(added, None, given, case, "an addition", how, asked, 3) for how in timings
+    }
+    yield from addition.values()
+    for name, options in list(WORK.items())[: 1 if asked.quick and not asked.on_gpu else None]:
         # A rescaling reads predictions twice.
         count = 8 + (6 if "guidance_rescale" in options else 0)
-        ways.append((name, "ours", ours(options), count))
-        ways.append((name, "plain PyTorch", plain(options), count))
-        compiled = torch.compile(plain(options), dynamic=False)
-        ways.append((name, "torch.compile", compiled, count))
-    rows: list[Row] = []
-    times: dict[tuple[str, str, str], float] = {}
-    for name, who, call, count in ways:
-        check = checked(call, WORK.get(name), given[0])
-        timings = [("from Python", from_python(call, given, device), 0.0)]
-        if device == "cuda":
-            taken, spread, _ = measure.milliseconds(call, given, device)
-            timings.append(("graph", taken, spread))
-        for how, taken, spread in timings:
-            times[name, who, how] = taken
-            share = count * values * size / (taken * 1e-3) / ceiling if how == "graph" else 0
-            rows.append(
-                Row(
-                    "delta_combine", f"{case}, {name}, {how}", who or name, "bfloat16", taken,
-                    spread, how, check, f"{100 * share:.0f} %" if share else "",
-                    device=device,
-                )
-            )  # fmt: skip
-    for row in rows:
-        name, how = row.case.removeprefix(f"{case}, ").rsplit(", ", 1)
-        row.ratios = {
-            other: times[name, other, how] / row.milliseconds
-            for other in ("plain PyTorch", "torch.compile")
-            if row.implementation == "ours"
-        }
-        if row.implementation == "ours":
-            row.ratios["an addition"] = times["an addition", "", how] / row.milliseconds
-    return rows
+        ways = {"ours": ours(options), "plain PyTorch": plain(options)}
+        ways["torch.compile"] = torch.compile(plain(options), dynamic=False)
+        for how in timings:
+            found: list[Row] = []
+            for who, call in ways.items():
+                try:
+                    row = timed(call, options, given, case, name, how, asked, count, who)
+                except Exception as problem:  # torch.compile may lack a compiler, and more
+                    if who == "ours":
+                        raise
+                    measure.skipped(f"{case}, {name}: {who}", str(problem))
+                    continue
+                found.append(row)
+            first, *others = found
+            first.ratios = {
+                other.implementation: other.milliseconds / first.milliseconds for other in others
+            }
+            first.ratios["an addition"] = addition[how].milliseconds / first.milliseconds
+            yield from found
+
+
+def timed(
+    call: Callable[..., Tensor],
+    options: dict[str, Any] | None,
+    given: list[tuple[Tensor, ...]],
+    case: str,
+    name: str,
+    how: str,
+    asked: Asked,
+    count: int,
+    who: str = "an addition",
+) -> Row:
+    """Of one way. ``count``: how many times as many values as the sample's are read or written."""
+    check, passed = checked(call, options, given[0])
+    if not passed and who == "ours":
+        raise measure.WrongError(f"{case}, {name}: {check}")
+    sample = given[0][3]
+    if how == "graph":
+        taken = measure.milliseconds(call, given, asked.device)
+    else:
+        taken = from_python(call, given, asked.device), 0.0, how
+    row = Row(
+        "delta_combine", f"{case}, {name}, {how}", who, measure.dtype_name(sample.dtype), *taken,
+        check, passed=passed,
+    )  # fmt: skip
+    if how == "from Python" and asked.on_gpu:
+        return row  # most of it is the launch
+    return row.against(asked.ceilings.copying(count * sample.numel() * sample.element_size()))
 
 
 def checked(
     call: Callable[..., Tensor], options: dict[str, Any] | None, given: tuple[Tensor, ...]
-) -> str:
+) -> tuple[str, bool]:
     function = added if options is None else plain(options)
     exact = function(*(one.double() for one in given))
     off = float((call(*given).double() - exact).norm() / exact.norm())
-    if not off < 2**-8:
-        raise SystemExit(f"off by {off:.2g} from float64")
-    return f"float64, off by {off:.1e}"
+    return f"float64, off by {off:.1e}", off < TOLERANCE[given[0].dtype]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    ceiling = measure.copy_bandwidth() if given.device == "cuda" else 1.0
-    if given.device == "cuda":
-        print(f"copy {ceiling / 1e12:.2f} TB/s")
-    rows = [row for shape in SHAPES for row in rows_of(shape, given.device, ceiling)]
-    measure.report(rows, given.csv)
+def rows(asked: Asked) -> Iterator[Row]:
+    shapes = SHAPES[: 1 if asked.quick else None]
+    for dtype in asked.dtypes(torch.bfloat16, torch.float16, torch.float32):
+        for shape in shapes:
+            if asked.cases in str(shape):
+                yield from rows_of(shape, dtype, asked)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

@@ -1,6 +1,6 @@
 """What Delta Sampling costs in pipelines of full size, and what it does to pictures.
 
-``python -m benchmarks.bench_delta_sampling [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_delta_sampling [--device cuda] [--quick] [--csv FILE]``
 ``python -m benchmarks.bench_delta_sampling --quality [--device cuda] [--count N] [--csv FILE]
 [--sheets FOLDER]``
 
@@ -9,7 +9,7 @@ Stable Diffusion 1.5 and a LoRA carried to 2.1 (v prediction) at 512 pixels, and
 ControlNet to SDXL at 1024. Beside it a step of the plain target; three plain calls as published, in
 plain PyTorch, within the same pipeline; the sum of the times of the three models, each alone in a
 CUDA graph; and their time in the one graph that DeltaSampling replays. Predictions are compared
-with those of the plain calls. On a CPU the embedded models.
+with those of the plain calls. On a CPU, and with --quick, the embedded models.
 
 Quality: the embedded v1-ink and v1-edge carried from v1 to v2 at several strengths, with the
 pipeline's guidance of source and adapted model and without any, by the reader, with 95 % intervals
@@ -19,13 +19,12 @@ that were drawn.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -44,14 +43,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import sdcore
-from benchmarks import bench_patching, measure
+from benchmarks import bench_patching, measure, suite
 from benchmarks.bench_region_attention import wilson
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore import embedded, figures
 from sdcore.embedded import FOLDER, evaluate, models, reader, world
 from sdcore.patching import Call
 
 STEPS, TURNS = 12, 4  # of a run; runs
+FEW_STEPS, FEW_TURNS = 4, 1  # with --quick
 # https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 # https://huggingface.co/stabilityai/stable-diffusion-2-1, unet/config.json
@@ -65,6 +66,7 @@ SCALES = {"sd": 0.18215, "xl": 0.13025}
 # By the guidance of source and adapted model; None is the pipeline's.
 STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 2.0)}
 RANK = 16
+PUBLISHED = "three calls, as published"
 SHOWN = 5  # prompts, on a sheet
 
 
@@ -138,10 +140,10 @@ def _lora(unet: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, full: bool) -> list[Case]:
     torch.manual_seed(0)
-    if device == "cpu":
-        v1, v2 = embedded.load("v1"), embedded.load("v2")
+    if not full:
+        v1, v2 = (embedded.load(name, device=device) for name in ("v1", "v2"))
         lora = sdcore.LoRA(FOLDER / "v1-ink")
         for pipe in (v1, v2):
             pipe.set_progress_bar_config(disable=True)
@@ -224,7 +226,9 @@ def run(case: Case, steps: int, **more: Any) -> Tensor:
     ).images  # fmt: skip
 
 
-def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[float, float]:
+def step_of(
+    case: Case, method: sdcore.Method | None, device: str, turns: int, steps: int
+) -> tuple[float, float]:
     """Milliseconds of a step, and half the range of their middle half: from the end of a step to
     that of the one after the next, halved, on the GPU's own clock."""
     marks: list[Any] = []
@@ -238,9 +242,9 @@ def step_of(case: Case, method: sdcore.Method | None, device: str) -> tuple[floa
         if method is not None:
             stack.enter_context(sdcore.patch(case.target, method))
         run(case, 3)
-        for _ in range(TURNS):
+        for _ in range(turns):
             marks.clear()
-            run(case, STEPS, callback_on_step_end=mark)
+            run(case, steps, callback_on_step_end=mark)
             if device == "cuda":
                 torch.cuda.synchronize()
             taken += [between(a, b) / 2 for a, b in zip(marks[1:], marks[3:], strict=False)]
@@ -293,7 +297,9 @@ class Alone(sdcore.DeltaSampling):
         return proceed(call)
 
 
-def cost(case: Case, device: str) -> list[Row]:
+def cost(case: Case, asked: Asked) -> list[Row]:
+    device = asked.device
+    turns, steps = (FEW_TURNS, FEW_STEPS) if asked.quick else (TURNS, STEPS)
     given = (case.source, case.adapted)
     alone = Alone(*given)
     compared = {how: Compared(*given, graphs=how) for how in (True, False)}
@@ -302,18 +308,20 @@ def cost(case: Case, device: str) -> list[Row]:
             run(case, 1)
     for how, one in compared.items():
         if not one.off < 0.1 * one.moved:
-            raise SystemExit(
+            raise measure.WrongError(
                 f"{case.name}, graphs={how}: off by {one.off:.2g}, where all moved {one.moved:.2g}"
             )
     ways = {
         "plain target": None,
-        "three calls, as published": AsPublished(*given, graphs=False),
+        PUBLISHED: AsPublished(*given, graphs=False),
         "DeltaSampling": sdcore.DeltaSampling(*given),
         "DeltaSampling, without graphs": sdcore.DeltaSampling(*given, graphs=False),
         "DeltaSampling, guidance_scale=1": sdcore.DeltaSampling(*given, guidance_scale=1),
         "DeltaSampling, refresh_every=2": sdcore.DeltaSampling(*given, refresh_every=2),
     }
-    taken = {name: step_of(case, method, device) for name, method in ways.items()}
+    if asked.quick:
+        ways = {name: ways[name] for name in ("plain target", PUBLISHED, "DeltaSampling")}
+    taken = {name: step_of(case, method, device, turns, steps) for name, method in ways.items()}
     *each, together = alone.milliseconds
     total = sum(each)
     parts = " + ".join(f"{one:.2f}" for one in each)
@@ -323,25 +331,33 @@ def cost(case: Case, device: str) -> list[Row]:
         "the three models in one graph": f"off by {compared[True].off:.1e}",
         "DeltaSampling, without graphs": f"off by {compared[False].off:.1e}",
         "plain target": f"differs by {compared[False].moved:.1e}",
-        "three calls, as published": "the reference",
+        PUBLISHED: "the reference",
     }
-    rows = []
+    made = []
     for name, (milliseconds, spread) in taken.items():
-        rows.append(
+        made.append(
             Row(
                 "delta_sampling", f"a step, {case.name}", name,
                 str(case.target.unet.dtype).removeprefix("torch."), milliseconds, spread,
                 "graph" if "one graph" in name else "end to end",
-                checks.get(name, "another result"), device=device,
+                checks.get(name, "another result"),
+                passed=True if checks.get(name, "").startswith("off by") else None,
                 ratios={
-                    "three calls, as published": taken["three calls, as published"][0]
+                    PUBLISHED: taken[PUBLISHED][0]
                     / milliseconds,
                     f"the sum of graphs, {parts} ms": total / milliseconds,
                     "plain target": taken["plain target"][0] / milliseconds,
                 },
             )
         )  # fmt: skip
-    return rows
+    return made
+
+
+def rows(asked: Asked) -> Iterator[Row]:
+    if asked.has(torch.bfloat16 if asked.full_models else torch.float32):
+        for case in cases(asked.device, asked.full_models):
+            if asked.cases in case.name:
+                yield from cost(case, asked)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,19 +426,13 @@ def _judged(name: str, images: Tensor, scenes: list[world.Scene], what: str) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
+    parser = suite.parser_of(__doc__)
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--count", type=int, default=200, help="prompts")
     parser.add_argument("--sheets", type=Path, help="write sheets of pictures there")
     given = parser.parse_args()
     if not given.quality:
-        rows: list[Row] = []
-        for case in cases(given.device):
-            more = cost(case, given.device)
-            measure.report(more, given.csv, rows)
-            rows += more
+        suite.run(rows, given)
         return
     lines, shown = quality(given.count, given.device)
     measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])

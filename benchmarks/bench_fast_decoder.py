@@ -1,16 +1,16 @@
 """Decoders with ``FastDecoder`` and with ``FastNorms``, and a UNet with ``FastNorms``.
 
-``python -m benchmarks.bench_fast_decoder [--device cuda] [--csv FILE]
+``python -m benchmarks.bench_fast_decoder [--device cuda] [--quick] [--csv FILE]
 [--cases PART] [--peers PART]``
 
 On a GPU the VAE and the UNet have the sizes of SDXL's, with random weights, in bfloat16: decoding
 for a picture of 1024 pixels; the same in float32, in which SDXL's pipelines decode; decoding with
 the gradient to the latents, of 768 pixels, with frozen weights; and a guided step of the UNet for
-1024. On a CPU they are those of the embedded models. Each row twice: captured by hand in one CUDA
-graph, and wall-clock of whole calls ("end to end"), which for ``FastDecoder`` are by its own
-graphs. Peers: the model as it is, and in bfloat16 ``torch.compile`` of the decoder, for decoding
-also with ``mode="max-autotune"``; that makes CUDA graphs itself, and for the row of one by hand it
-is compiled without.
+1024. On a CPU, and with --quick, they are those of the embedded models, in float32. Each row twice:
+captured by hand in one CUDA graph, and wall-clock of whole calls ("end to end"), which for
+``FastDecoder`` are by its own graphs. Peers: the model as it is, and, but for --quick, in bfloat16
+``torch.compile`` of the decoder, for decoding also with ``mode="max-autotune"``; that makes CUDA
+graphs itself, and for the row of one by hand it is compiled without.
 
 Each result is compared with that of the model in float32, without TF32 (of float32 in float64): off
 by at most twice what the model as it is is off by, plus epsilon. Share of the ceiling: that of a
@@ -26,7 +26,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +34,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdcore
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.bench_patching import SDXL
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.embedded import models
 
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, vae/config.json
@@ -92,17 +92,17 @@ def fast() -> dict[str, tuple[sdcore.Method, sdcore.Method]]:
     return {"FastNorms": (norms, norms), "FastDecoder": (by_hand, alone)}
 
 
-def cases(device: str, wanted: str) -> Iterator[Case]:
-    gpu = device == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
+def cases(device: str, full: bool, wanted: str) -> Iterator[Case]:
+    """``full``: of SDXL's size, and not the embedded models."""
+    dtype = torch.bfloat16 if full else torch.float32
     torch.manual_seed(0)
-    vae = AutoencoderKL(**VAE) if gpu else models.autoencoder("xl")
+    vae = AutoencoderKL(**VAE) if full else models.autoencoder("xl")
     # New ones have no biases' worth; trained ones have.
     for name, weight in vae.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(weight, std=0.1)
     vae = vae.to(device, dtype).eval().requires_grad_(False)
-    sizes = (128, 96) if gpu else (8, 8)
+    sizes = (128, 96) if full else (8, 8)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     z = torch.randn(1, vae.config.latent_channels, sizes[0], sizes[0], device=device, dtype=dtype)
     small = z[:, :, : sizes[1], : sizes[1]].contiguous()
@@ -112,7 +112,7 @@ def cases(device: str, wanted: str) -> Iterator[Case]:
     if wanted in name:
         yield Case(name, vae, tuple(COMPILED), {"z": z}, decoded, fast())
     name = f"decoding, {side}², float32"
-    if gpu and wanted in name:
+    if full and wanted in name:
         wide = copy.deepcopy(vae).float()
         yield Case(name, wide, (), {"z": z.float()}, decoded, fast())
     name = f"decoding with the gradient, {scale * sizes[1]}²"
@@ -120,18 +120,18 @@ def cases(device: str, wanted: str) -> Iterator[Case]:
         yield Case(name, vae, ("torch.compile",), {"z": small, "grad": grad}, pulled, fast())
     name = "a guided step of the UNet"
     if wanted in name:
-        yield unet_case(name, device, dtype)
+        yield unet_case(name, device, dtype, full)
 
 
-def unet_case(name: str, device: str, dtype: torch.dtype) -> Case:
+def unet_case(name: str, device: str, dtype: torch.dtype, full: bool) -> Case:
     torch.manual_seed(0)
-    if device == "cuda":
+    if full:
         torch.set_default_dtype(dtype)
         with torch.device(device):
             unet = UNet2DConditionModel(**SDXL)
         torch.set_default_dtype(torch.float32)
     else:
-        unet = models.unet("xl")
+        unet = models.unet("xl").to(device)
     config = unet.config
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     given = {
@@ -187,11 +187,11 @@ def ways(case: Case, peers: str) -> dict[str, tuple[Way, Way]]:
     return found
 
 
-def wall_clock(call: Callable[[], Any]) -> tuple[float, float, str]:
+def wall_clock(call: Callable[[], Any], calls: int) -> tuple[float, float, str]:
     for _ in range(3):
         call()
     samples = []
-    for _ in range(CALLS):
+    for _ in range(calls):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -221,51 +221,45 @@ def operations(case: Case) -> int:
     return counter.get_total_flops()
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """In TF32 where convolutions are."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        return measure.product_rate(8192, dtype)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def measured(case: Case, device: str, peers: str) -> list[Row]:
+def measured(case: Case, asked: Asked) -> list[Row]:
     dtype = next(case.model.parameters()).dtype
     wanted = exact(case)
-    floor = operations(case) / product_rate(dtype) * 1e3 if device == "cuda" else 0.0
-    if floor:
-        print(f"{case.name}: {operations(case) / 1e12:.2f} TFLOP, {floor:.2f} ms of products")
+    # In TF32 where convolutions are.
+    tf32 = torch.backends.cudnn.allow_tf32
+    work = asked.ceilings.multiplying(operations(case), dtype, tf32)
     rows: list[Row] = []
-    allowed = 0.0
+    allowed, calls = 0.0, 3 if asked.quick else CALLS
+    # Inductor takes minutes on a CPU.
+    peers = asked.options.get("peers", "none of them" if asked.quick else "")
     for name, both in ways(case, peers).items():
         for in_graph, way in zip((True, False), both, strict=True):
-            if in_graph and device != "cuda":
+            if in_graph and not asked.on_gpu:
                 continue
             with way() as model:
                 off = float((case.call(model, case.inputs).to(wanted) - wanted).norm())
                 off /= float(wanted.norm())
                 allowed = allowed or 2 * off + torch.finfo(dtype).eps
                 if off > allowed:
-                    raise SystemExit(
+                    raise measure.WrongError(
                         f"{case.name}, {name}: off by {off:.2e}, allowed {allowed:.2e}"
                     )
 
                 def call(*_: Any, model: Any = model) -> Tensor:
                     return case.call(model, case.inputs)
 
-                taken = measure.milliseconds(call, [()], device) if in_graph else wall_clock(call)
+                taken = (
+                    measure.milliseconds(call, [()], asked.device)
+                    if in_graph
+                    else wall_clock(call, calls)
+                )
             what = "float64" if wanted.dtype == torch.float64 else "float32"
             rows.append(
                 Row(
                     "fast_decoder", f"{case.name}, {taken[2]}", name,
                     str(dtype).removeprefix("torch."), *taken,
-                    f"{what}, off by {off:.1e}", f"{100 * floor / taken[0]:.0f} %" if floor else "",
-                    device=device,
-                )
+                    f"{what}, off by {off:.1e}", passed=True,
+                ).against(work)
             )  # fmt: skip
-            print(f"{case.name}, {name}, {taken[2]}: {taken[0]:.2f} ms", flush=True)
     rows.sort(key=lambda row: row.timing)
     for row in rows:
         if row.implementation in case.methods:
@@ -277,18 +271,20 @@ def measured(case: Case, device: str, peers: str) -> list[Row]:
     return rows
 
 
+def rows(asked: Asked) -> Iterator[Row]:
+    own = torch.bfloat16 if asked.full_models else torch.float32
+    if asked.has(own):
+        for case in cases(asked.device, asked.full_models, asked.cases):
+            yield from measured(case, asked)
+            if asked.quick:  # decoding alone
+                return
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="those whose name holds this")
-    parser.add_argument("--peers", default="", help="those of torch.compile whose name holds this")
-    given = parser.parse_args()
-    rows: list[Row] = []
-    for case in cases(given.device, given.cases):
-        more = measured(case, given.device, given.peers)
-        measure.report(more, given.csv, rows)
-        rows += more
+    parser = suite.parser_of(__doc__)
+    peers = "those of torch.compile whose name holds this"
+    parser.add_argument("--peers", default=argparse.SUPPRESS, help=peers)
+    suite.main(rows, parser)
 
 
 if __name__ == "__main__":

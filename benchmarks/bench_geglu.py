@@ -1,6 +1,7 @@
 """GEGLU, as the feed-forwards of SDXL's UNet have it at 768².
 
-``python -m benchmarks.bench_geglu [--device cuda] [--csv FILE] [--cases PART]``
+``python -m benchmarks.bench_geglu [--device cuda] [--dtype float16] [--quick] [--csv FILE]
+[--cases PART]``
 
 Forward alone, and forward with the gradient. Peers: Diffusers' operations in PyTorch (``chunk``,
 ``gelu``, a product), the same compiled, and Liger's where it is installed, which has the
@@ -15,16 +16,16 @@ time taken. Where x fits the cache, it is read from memory once, and with the gr
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.ops import geglu
 from sdcore.ops.geglu import reference
 
@@ -38,7 +39,7 @@ def peers() -> dict[str, Function]:
     try:
         liger = importlib.import_module("liger_kernel.ops.geglu")
     except ImportError:
-        print("Liger is not installed")
+        measure.skipped("Liger's GEGLU", "it is not installed")
         return found
 
     def of_liger(x: Tensor) -> Tensor:
@@ -73,75 +74,52 @@ def called(function: Function, backward: bool) -> Callable[[Tensor, Tensor], lis
     return both if backward else forward_only
 
 
-def checked(function: Function, given: tuple[Tensor, Tensor], backward: bool) -> str | None:
-    """None if the error is more than is allowed."""
+def checked(
+    call: Callable[..., list[Tensor]], given: tuple[Tensor, Tensor], backward: bool
+) -> tuple[str, bool]:
+    """What was compared, and whether the error is no more than is allowed."""
     exact = called(reference, backward)(*(one.double() for one in given))
     theirs = called(reference, backward)(*given)
     worst = 0.0
-    for a, b, c in zip(called(function, backward)(*given), theirs, exact, strict=True):
+    for a, b, c in zip(call(*given), theirs, exact, strict=True):
         size = float(c.norm())
         error = float((a.double() - c).norm()) / size
         allowed = 2 * float((b.double() - c).norm()) / size + torch.finfo(a.dtype).eps
         worst = max(worst, error / allowed)
-    return f"float64, {worst:.2f} of what is allowed" if worst <= 1 else None
+    if not worst <= 1:
+        return f"more than twice PyTorch's error: {worst:.3g} of what is allowed", False
+    return f"float64, {worst:.2f} of what is allowed", True
+
+
+def moved(shape: tuple[int, ...], dtype: torch.dtype, device: str, backward: bool) -> int:
+    """Bytes; the file's docstring says of what."""
+    of_x = torch.Size(shape).numel() * dtype.itemsize
+    cached = device == "cuda" and of_x < torch.cuda.get_device_properties(0).L2_cache_size
+    return of_x // 2 * (3 if not backward else 6 if cached else 8)
 
 
 def measured(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: str,
-    ceiling: float,
-    others: dict[str, Function],
-) -> list[Row]:
-    rows = []
-    given = inputs(shape, dtype, device)
-    of_x = torch.Size(shape).numel() * dtype.itemsize
-    cached = device == "cuda" and of_x < torch.cuda.get_device_properties(0).L2_cache_size
+    shape: tuple[int, ...], dtype: torch.dtype, asked: Asked, others: dict[str, Function]
+) -> Iterator[Row]:
+    given = inputs(shape, dtype, asked.device)
     for backward in (False, True):
-        moved = of_x // 2 * (3 if not backward else 6 if cached else 8)
         case = f"{shape}{', with the gradient' if backward else ''}"
-        times = {}
-        here = []
         torch._dynamo.reset()  # after eight kinds of calls it would compile no more
-        for name, function in {"ours": geglu, **others}.items():
-            check = checked(function, given[0], backward)
-            if check is None:
-                if name == "ours":
-                    raise SystemExit(f"{case}: {name} is wrong")
-                check = "more than twice PyTorch's error"
-            taken, spread, how = measure.milliseconds(called(function, backward), given, device)
-            times[name] = taken
-            share = moved / (taken * 1e-3) / ceiling if device == "cuda" else 0
-            here.append(
-                Row(
-                    "geglu", case, name, str(dtype).removeprefix("torch."), taken, spread, how,
-                    check, f"{100 * share:.0f} %" if share else "", device=device,
-                )
-            )  # fmt: skip
-        here[0].ratios = {name: times[name] / times["ours"] for name in others}
-        rows += here
-    return rows
+        ways = {name: called(one, backward) for name, one in {"ours": geglu, **others}.items()}
+        check = functools.partial(checked, given=given[0], backward=backward)
+        work = asked.ceilings.copying(moved(shape, dtype, asked.device, backward))
+        yield from measure.compared("geglu", case, dtype, ways, given, check, work)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="those of which the shape holds this")
-    given = parser.parse_args()
-    gpu = given.device == "cuda"
-    ceiling = measure.copy_bandwidth() if gpu else 1.0
-    if gpu:
-        print(f"copy {ceiling / 1e12:.2f} TB/s")
-    dtype = torch.bfloat16 if gpu else torch.float32
+def rows(asked: Asked) -> Iterator[Row]:
     others = peers()
-    rows: list[Row] = []
-    for shape in SHAPES if gpu else ON_A_CPU:
-        if given.cases in str(shape):
-            more = measured(shape, dtype, given.device, ceiling, others)
-            measure.report(more, given.csv, rows)
-            rows += more
+    own = torch.bfloat16 if asked.on_gpu else torch.float32
+    shapes = SHAPES[: 1 if asked.quick else None] if asked.on_gpu else ON_A_CPU
+    for dtype in asked.dtypes(own, torch.float32, torch.float16, torch.bfloat16):
+        for shape in shapes:
+            if asked.cases in str(shape):
+                yield from measured(shape, dtype, asked, others)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

@@ -1,6 +1,7 @@
 """Group normalization with SiLU, as the decoders and UNets of Stable Diffusion have it.
 
-``python -m benchmarks.bench_group_norm_silu [--device cuda] [--csv FILE] [--cases PART]``
+``python -m benchmarks.bench_group_norm_silu [--device cuda] [--dtype float16] [--quick]
+[--csv FILE] [--cases PART]``
 
 Forward alone, and forward with the gradient to the input, of 32 groups, contiguous and channels
 last. Peers: ``group_norm`` and ``silu`` of PyTorch, the same compiled, and Liger's and Apex's group
@@ -15,18 +16,18 @@ taken.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.ops import group_norm_silu
 from sdcore.ops.group_norm_silu import reference
 
@@ -54,7 +55,7 @@ def peers() -> dict[str, Function]:
         try:
             imported = importlib.import_module(module)
         except ImportError:
-            print(f"{name} is not installed")
+            measure.skipped(f"{name}'s group norm", "it is not installed")
             continue
         found[name] = _liger(imported) if name == "Liger" else _apex(imported)
     return found
@@ -112,9 +113,11 @@ def called(function: Function, backward: bool) -> Callable[..., list[Tensor]]:
     return both if backward else forward_only
 
 
-def checked(function: Function, given: tuple[Tensor, ...], backward: bool) -> str | None:
-    """None if the error is more than twice plain PyTorch's; at ordinary inputs, and at a mean of
-    100 with deviations of 0.01."""
+def checked(
+    call: Callable[..., list[Tensor]], given: tuple[Tensor, ...], backward: bool
+) -> tuple[str, bool]:
+    """What was compared, and whether the error is at most twice plain PyTorch's; at ordinary
+    inputs, and at a mean of 100 with deviations of 0.01."""
     x, *others = given
     worst = 0.0
     for values in (x, (100 + 0.01 * x.float()).to(x.dtype)):
@@ -122,76 +125,55 @@ def checked(function: Function, given: tuple[Tensor, ...], backward: bool) -> st
         high = [one.double() for one in low]
         exact = called(_specified, backward)(*high)
         theirs = called(plain, backward)(*low)
-        found = called(function, backward)(*low)
+        found = call(*low)
         for a, b, c in zip(found, theirs, exact, strict=True):
             size = float(c.norm())
             error = float((a.double() - c).norm()) / size
             allowed = 2 * float((b.double() - c).norm()) / size + torch.finfo(x.dtype).eps
             worst = max(worst, error / allowed)
         del exact, theirs, found, high
-    return f"float64, {worst:.2f} of what is allowed" if worst <= 1 else None
+    if not worst <= 1:
+        return f"more than twice PyTorch's error: {worst:.3g} of what is allowed", False
+    return f"float64, {worst:.2f} of what is allowed", True
 
 
 def _specified(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference(x, GROUPS, weight, bias, EPS)[0]
 
 
+def moved(shape: tuple[int, ...], dtype: torch.dtype, device: str, backward: bool) -> int:
+    """Bytes; the file's docstring says of what."""
+    each = torch.Size(shape).numel() * dtype.itemsize
+    cached = device == "cuda" and each < torch.cuda.get_device_properties(0).L2_cache_size
+    return each * (8 if backward else 2 if cached else 3)
+
+
 def measured(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str, ceiling: float, others: dict
-) -> list[Row]:
-    rows = []
-    bytes_each = torch.Size(shape).numel() * dtype.itemsize
-    cached = device == "cuda" and bytes_each < torch.cuda.get_device_properties(0).L2_cache_size
-    for last in (False, True):
-        given = inputs(shape, dtype, device, last)
+    shape: tuple[int, ...], dtype: torch.dtype, asked: Asked, others: dict[str, Function]
+) -> Iterator[Row]:
+    for layout in ("contiguous", "channels last")[: 1 if asked.quick and not asked.on_gpu else 2]:
+        given = inputs(shape, dtype, asked.device, layout == "channels last")
         for backward in (False, True):
-            moved = bytes_each * (8 if backward else 2 if cached else 3)
-            case = f"{shape}, {'channels last' if last else 'contiguous'}" + (
-                ", with the gradient" if backward else ""
-            )
-            times = {}
-            here = []
+            case = f"{shape}, {layout}{', with the gradient' if backward else ''}"
             torch._dynamo.reset()  # after eight kinds of calls it would compile no more
-            for name, function in {"ours": ours, **others}.items():
-                check = checked(function, given[0], backward)
-                if check is None:
-                    if name == "ours":
-                        raise SystemExit(f"{case}: {name} is wrong")
-                    check = "more than twice PyTorch's error"
-                taken, spread, how = measure.milliseconds(called(function, backward), given, device)
-                times[name] = taken
-                share = moved / (taken * 1e-3) / ceiling if device == "cuda" else 0
-                here.append(
-                    Row(
-                        "group_norm_silu", case, name, str(dtype).removeprefix("torch."), taken,
-                        spread, how, check, f"{100 * share:.0f} %" if share else "", device=device,
-                    )
-                )  # fmt: skip
-            here[0].ratios = {name: times[name] / times["ours"] for name in others}
-            rows += here
+            ways = {name: called(one, backward) for name, one in {"ours": ours, **others}.items()}
+            check = functools.partial(checked, given=given[0], backward=backward)
+            work = asked.ceilings.copying(moved(shape, dtype, asked.device, backward))
+            yield from measure.compared("group_norm_silu", case, dtype, ways, given, check, work)
         del given
-    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="those of which the shape holds this")
-    given = parser.parse_args()
-    gpu = given.device == "cuda"
-    ceiling = measure.copy_bandwidth() if gpu else 1.0
-    if gpu:
-        print(f"copy {ceiling / 1e12:.2f} TB/s")
-    dtype = torch.bfloat16 if gpu else torch.float32
+def rows(asked: Asked) -> Iterator[Row]:
     others = peers()
-    rows: list[Row] = []
-    for shape in SHAPES if gpu else ON_A_CPU:
-        if given.cases in str(shape):
-            more = measured(shape, dtype, given.device, ceiling, others)
-            measure.report(more, given.csv, rows)
-            rows += more
+    own = torch.bfloat16 if asked.on_gpu else torch.float32
+    shapes = SHAPES if asked.on_gpu else ON_A_CPU
+    if asked.quick:
+        shapes = shapes[-1:]
+    for dtype in asked.dtypes(own, torch.float32, torch.float16, torch.bfloat16):
+        for shape in shapes:
+            if asked.cases in str(shape):
+                yield from measured(shape, dtype, asked, others)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

@@ -1,6 +1,7 @@
 """Cross-attention to 77 tokens under a mask, against what else there is.
 
-``python -m benchmarks.bench_masked_cross_attention [--device cuda] [--csv FILE] [--cases PART]``
+``python -m benchmarks.bench_masked_cross_attention [--device cuda] [--dtype float16]
+[--quick] [--csv FILE] [--cases PART]``
 
 Forward alone, and forward with the gradients to q, k and v, of inputs as a UNet's linear layers
 leave them, [B, N, H, D]. Peers: PyTorch's ``scaled_dot_product_attention`` as it chooses and with
@@ -18,11 +19,10 @@ without a mask.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.masks import GateMask, Mask, RegionMask, TokenBits
 from sdcore.ops import masked_cross_attention
 from sdcore.ops.masked_cross_attention import reference
@@ -203,33 +204,35 @@ def exact(inputs: tuple[Tensor, ...], mask: Any, backward: bool) -> list[Tensor]
     return called(functools.partial(reference, mask=mask), backward)(q, k, v, grad)
 
 
-def rows_of(case: Case, backward: bool, device: str, copied: float | None) -> list[Row]:
-    masks, inputs = Masks.of(case, device), case.inputs(device, backward)
+def rows_of(case: Case, backward: bool, asked: Asked) -> list[Row]:
+    masks, inputs = Masks.of(case, asked.device), case.inputs(asked.device, backward)
+    work = asked.ceilings.copying((5 if backward else 2) * case.bytes)
     rows = []
-    for name, function, mask in (*ours(masks), *peers(case, masks, device)):
+    for name, function, mask in (*ours(masks), *peers(case, masks, asked.device)):
         call = called(function, backward)
         try:
             off = error(call(*inputs[0]), exact(inputs[0], mask, backward))
-            taken, spread, how = measure.milliseconds(call, inputs, device)
+            passed = off <= bound(mask)
+            if not passed and name.startswith("ours"):
+                raise measure.WrongError(
+                    f"{case}: {name} is off by {off:.3g}, more than {bound(mask)}"
+                )
+            taken = measure.milliseconds(call, inputs, asked.device)
         except (RuntimeError, ImportError, ValueError) as problem:
-            print(f"{case}: {name} does not run: {str(problem).splitlines()[0][:160]}", flush=True)
+            if name.startswith("ours"):
+                raise
+            measure.skipped(f"{case}: {name}", str(problem))
             continue
-        if not off <= bound(mask):
-            raise SystemExit(f"{case}: {name} is off by {off:.3g}, more than {bound(mask)}")
-        floor = (5 if backward else 2) * case.bytes / copied * 1e3 if copied else None
         rows.append(
             Row(
                 "masked_cross_attention",
                 f"{case}, {'forward and backward' if backward else 'forward'}",
                 name,
                 str(case.dtype).removeprefix("torch."),
-                taken,
-                spread,
-                how,
+                *taken,
                 f"float64, off by {off:.1e}",
-                f"{100 * floor / taken:.0f} %" if floor else "",
-                device=device,
-            )
+                passed=passed,
+            ).against(work)
         )
     _compare(rows)
     return rows
@@ -256,24 +259,16 @@ def _compare(rows: list[Row]) -> None:
             }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="only those whose names have this part")
-    given = parser.parse_args()
-    copied = measure.copy_bandwidth() if given.device == "cuda" else None
-    if copied:
-        print(f"copy {copied / 1e12:.2f} TB/s")
-    rows: list[Row] = []
-    for case in CASES[given.device]:
-        if given.cases not in str(case):
+def rows(asked: Asked) -> Iterator[Row]:
+    if not asked.has(torch.float32, torch.float16, torch.bfloat16):
+        return
+    for case in CASES[asked.device][: 1 if asked.quick else None]:
+        if asked.cases not in str(case):
             continue
+        case = dataclasses.replace(case, dtype=asked.dtype or case.dtype)
         for backward in (False, True):
-            new = rows_of(case, backward, given.device, copied)
-            measure.report(new, given.csv, earlier=rows)
-            rows += new
+            yield from rows_of(case, backward, asked)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

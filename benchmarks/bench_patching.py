@@ -1,24 +1,23 @@
 """What a method that does nothing costs: a step of an SDXL pipeline with it and without it.
 
-``python -m benchmarks.bench_patching [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_patching [--device cuda] [--quick] [--csv FILE]``
 
 On a GPU the UNet has the size of SDXL's, with random weights in bfloat16, for pictures of 1024
-pixels, with guidance; on a CPU that of the embedded one. Times are wall-clock, of whole calls
-without decoding, divided by the steps. With and without take turns, and what is added is the
-median of the neighbors' differences, with a 95 % interval. "host alone" has a UNet that returns at
-once: what is added there is the host's work, an upper bound of what it can add elsewhere. Results
-must agree bit for bit.
+pixels, with guidance; on a CPU, and with --quick, that of the embedded one. Times are wall-clock,
+of whole calls without decoding, divided by the steps. With and without take turns, and what is
+added is the median of the neighbors' differences, with a 95 % interval. "host alone" has a UNet
+that returns at once: what is added there is the host's work, an upper bound of what it can add
+elsewhere. Results must agree bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,15 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import sdcore
-from benchmarks import measure
+from benchmarks import measure, suite
+from benchmarks.suite import Asked
 from sdcore import graphs
 from sdcore.embedded import models
 
 # Pairs of calls, and the steps of each: where the host is what takes long, times vary widely.
 TURNS = {"host alone": (9, 200), "eager": (40, 3), "CUDA graph": (40, 3)}
+# The same with --quick.
+FEW_TURNS = {"host alone": (3, 10), "eager": (2, 1), "CUDA graph": (2, 1)}
 REST = 0.15  # seconds before each call: back to back, steps in a graph varied by a tenth
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
 SDXL = {
@@ -65,17 +67,18 @@ class NoOp(sdcore.Method):
         return proceed(latents)
 
 
-def pipeline(device: str) -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
-    """One without text encoders, and what it is called with."""
+def pipeline(device: str, full: bool) -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
+    """One without text encoders, and what it is called with. ``full``: with a UNet as large as
+    SDXL's."""
     torch.manual_seed(0)
-    if device == "cuda":
+    if full:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
             unet = UNet2DConditionModel(**SDXL)
         torch.set_default_dtype(torch.float32)
         pooled = 1280
     else:
-        unet, pooled = models.unet("xl"), models.TEXTS["xl"][1][0]
+        unet, pooled = models.unet("xl").to(device), models.TEXTS["xl"][1][0]
     with tempfile.TemporaryDirectory() as folder:
         words = models.vocabulary(Path(folder))
     pipe = StableDiffusionXLPipeline(
@@ -126,14 +129,14 @@ def forward(unet: UNet2DConditionModel, how: str) -> Callable[..., Any]:
     return functools.wraps(real)(other)
 
 
-def rows_of(pipe: Any, options: dict[str, Any], how: str, device: str) -> list[measure.Row]:
-    turns, steps = TURNS[how]
+def rows_of(pipe: Any, options: dict[str, Any], how: str, asked: Asked) -> list[measure.Row]:
+    turns, steps = (FEW_TURNS if asked.quick else TURNS)[how]
 
     def timed() -> tuple[float, torch.Tensor]:
         time.sleep(REST)
         start = time.perf_counter()
         out = pipe(**options, num_inference_steps=steps).images
-        if device == "cuda":
+        if asked.on_gpu:
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start) / steps, out
 
@@ -152,11 +155,12 @@ def rows_of(pipe: Any, options: dict[str, Any], how: str, device: str) -> list[m
             with_it.append(milliseconds)
         same &= found.equal(wanted)
     del pipe.unet.forward
-    assert same, f"{how}: the results differ"
+    if not same:
+        raise measure.WrongError(f"{how}: the results differ")
     added, low, high = median_interval([b - a for a, b in zip(without, with_it, strict=True)])
     share = 100 / statistics.median(without)
     side = options["latents"].shape[-1]
-    what = f"SDXL, latents of {side}², 2 rows" if device == "cuda" else "embedded xl, 2 rows"
+    what = f"SDXL, latents of {side}², 2 rows" if asked.full_models else "embedded xl, 2 rows"
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     return [
         measure.Row(
@@ -168,15 +172,16 @@ def rows_of(pipe: Any, options: dict[str, Any], how: str, device: str) -> list[m
             (max(times) - min(times)) / 2,
             "wall clock",
             check,
-            device=device,
+            passed=passed,
         )
-        for name, times, check in (
-            ("without", without, "the reference"),
+        for name, times, check, passed in (
+            ("without", without, "the reference", None),
             (
                 "a method that does nothing",
                 with_it,
                 f"bit-identical; {1e3 * added:+.1f} µs, {share * added:+.2f} % "
                 f"({share * low:+.2f} to {share * high:+.2f})",
+                True,
             ),
         )
     ]
@@ -190,16 +195,14 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[rank], ordered[n - 1 - rank]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    pipe, options = pipeline(given.device)
-    ways = [how for how in TURNS if how != "CUDA graph" or given.device == "cuda"]
-    rows = [row for how in ways for row in rows_of(pipe, options, how, given.device)]
-    measure.report(rows, given.csv)
+def rows(asked: Asked) -> Iterator[measure.Row]:
+    if not asked.has(torch.bfloat16 if asked.full_models else torch.float32):
+        return
+    pipe, options = pipeline(asked.device, asked.full_models)
+    for how in TURNS:
+        if asked.cases in how and (how != "CUDA graph" or asked.on_gpu):
+            yield from rows_of(pipe, options, how, asked)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

@@ -1,13 +1,13 @@
 """What masks on the cross-attention cost in a UNet, and what regions do to pictures.
 
-``python -m benchmarks.bench_region_attention [--device cuda] [--csv FILE]``
+``python -m benchmarks.bench_region_attention [--device cuda] [--quick] [--csv FILE]``
 ``python -m benchmarks.bench_region_attention --quality [v1 v2] [--folder FOLDER] [--csv FILE]
 [--sheets FOLDER]``
 
 Cost: one call of a UNet in a CUDA graph, two rows, as it is, with RegionAttention's masks on all
 cross-attentions, and with GatedAttention on its default layers, heads of the UNet's dtype, in
 inference. The UNet has the size of SDXL's, with random weights in bfloat16, for 1024 pixels; on a
-CPU that of the embedded xl, wall clock.
+CPU, and with --quick, that of the embedded xl.
 
 Quality: prompts of two things, "a red circle and a blue square", that say nothing of where, and a
 half of the picture for each: in turn left and right, right and left, above and below, below and
@@ -18,7 +18,6 @@ center within their half; with a 95 % interval (Wilson's).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import random
@@ -30,8 +29,9 @@ import torch
 from torch import Tensor
 
 import sdcore
-from benchmarks import bench_patching, measure
+from benchmarks import bench_patching, measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore import embedded
 from sdcore.embedded import evaluate, reader, world
 from sdcore.masks import RegionMask
@@ -53,8 +53,11 @@ WAYS: dict[str, dict[str, float] | None] = {
 # Cost
 
 
-def cost(device: str) -> list[Row]:
-    pipe, options = bench_patching.pipeline(device)
+def rows(asked: Asked) -> Iterator[Row]:
+    device = asked.device
+    if not asked.has(torch.bfloat16 if asked.full_models else torch.float32):
+        return
+    pipe, options = bench_patching.pipeline(device, asked.full_models)
     unet = pipe.unet.requires_grad_(False)
     inputs = [_inputs(options) for _ in range(SETS)]
     step = torch.tensor(500, device=device)
@@ -79,23 +82,23 @@ def cost(device: str) -> list[Row]:
         "regions, all open": _regions(unet, inputs[0], open_to_all=True),
         "gates, all open": gates.attached(unet),
     }
-    taken = []
+    taken, repeats = [], 3 if asked.quick else 7
     for name, way in ways.items():
         with way:
             off = float((call(*inputs[0]) - plain).norm() / plain.norm())
-            milliseconds, spread, how = measure.milliseconds(call, inputs, device)
+            milliseconds, spread, how = measure.milliseconds(call, inputs, device, repeats)
         if "all open" in name and off > 0.05:
-            raise SystemExit(f"{name}: off by {off:.3g}")
+            raise measure.WrongError(f"{name}: off by {off:.3g}")
         if name == "regions" and off < 1e-4:
-            raise SystemExit("regions change nothing")
+            raise measure.WrongError("regions change nothing")
         taken.append((name, off, milliseconds, spread, how))
     what = (
         f"SDXL's UNet, latents of {unet.config.sample_size}², 2 rows"
-        if device == "cuda"
+        if asked.full_models
         else "the embedded xl's, 2 rows"
     )
-    return [
-        Row(
+    for name, off, milliseconds, spread, how in taken:
+        yield Row(
             "region_attention",
             what,
             name,
@@ -105,10 +108,8 @@ def cost(device: str) -> list[Row]:
             how,
             "the reference" if name == "as it is" else f"differs by {off:.1e}",
             ratios={"as it is": taken[0][2] / milliseconds},
-            device=device,
+            passed=True if "all open" in name else None,
         )
-        for name, off, milliseconds, spread, how in taken
-    ]
 
 
 def _inputs(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,18 +173,18 @@ def quality(
                     method = sdcore.RegionAttention(*regions, **options)
                     stack.enter_context(sdcore.patch(pipe, method))
                 made[way].append(evaluate.generate(pipe, [prompt], 1000 + number)[0])
-    rows = []
+    lines = []
     for way, pictures in made.items():
         readings = reader.read(torch.stack(pictures))
         good = sum(_right(reading, *one) for reading, one in zip(readings, asked, strict=True))
         low, high = wilson(good, count)
         figures = {"share": good / count, "low": low, "high": high}
-        rows.append(
+        lines.append(
             {"model": name, "regions": way, "prompts": count}
             | {key: f"{value:.3f}" for key, value in figures.items()}
         )
     turns = [one for some in zip(*made.values(), strict=True) for one in some]
-    return rows, torch.stack(turns)
+    return lines, torch.stack(turns)
 
 
 Box = tuple[float, float, float, float]
@@ -224,21 +225,19 @@ def wilson(good: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
+    parser = suite.parser_of(__doc__)
     parser.add_argument("--quality", nargs="*", metavar="MODEL", help="default: v1 v2")
     parser.add_argument("--count", type=int, default=200, help="prompts")
     parser.add_argument("--folder", type=Path, default=embedded.FOLDER, help="where models are")
     parser.add_argument("--sheets", type=Path, help="write a sheet of pictures of each model there")
     given = parser.parse_args()
     if given.quality is None:
-        measure.report(cost(given.device), given.csv)
+        suite.run(rows, given)
         return
     lines: list[dict[str, Any]] = []
     for name in given.quality or ("v1", "v2"):
-        rows, pictures = quality(name, given.count, given.device, given.folder)
-        lines += rows
+        more, pictures = quality(name, given.count, given.device, given.folder)
+        lines += more
         if given.sheets:
             given.sheets.mkdir(parents=True, exist_ok=True)
             evaluate.save_sheet(pictures, given.sheets / f"regions-{name}.jpg")

@@ -1,7 +1,7 @@
 """Sliced Wasserstein value and gradient, against what else there is.
 
-``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--quick] [--csv FILE]
-[--cases PART] [--only PART] [--skip PART]``
+``python -m benchmarks.bench_sliced_wasserstein [--device cuda] [--dtype bfloat16] [--quick]
+[--csv FILE] [--cases PART] [--only PART] [--skip PART]``
 
 ``--cases`` and ``--only`` measure the cases, and the implementations, whose names have that part,
 or one of several between semicolons: ``--cases 1,048,576 --only "torch; cuda exact"``. ``--skip``
@@ -32,11 +32,13 @@ the time taken. Parts are added up as if none overlapped. The work of N = n L po
 - with more than 4 coordinates, either: three products of points and directions, which project x and
   y (kept: x alone) and bring the gradient back, 2 d N operations each, at the rate of a large
   float32 product. Up to 4 they are a few instructions beside each update, and not in it.
+
+On a CPU, of either method: those products, for any d, and the points' bytes once.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import math
 import os
@@ -49,9 +51,11 @@ import torch
 from torch import Tensor
 
 import sdcore
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.baselines import sw_guidance
-from benchmarks.measure import Row
+from benchmarks.ceilings import Ceilings
+from benchmarks.measure import Row, Work
+from benchmarks.suite import Asked
 from sdcore import backends, images
 from sdcore.ops import sliced_wasserstein
 from sdcore.ops.sliced_wasserstein_cuda import MOST_COORDINATES
@@ -228,7 +232,7 @@ def agreement(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], met
     gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
     limits = VALUE_TOLERANCE[method], GRADIENT_TOLERANCE[method]
     if not (value_error < limits[0] and gradient_error < limits[1]):
-        raise AssertionError(
+        raise measure.WrongError(
             f"{method}: value off by {value_error:.2g}, gradient by {gradient_error:.2g} "
             f"(limits {limits[0]:.2g} and {limits[1]:.2g})"
         )
@@ -260,17 +264,12 @@ def shared_by_equals(gradient: Tensor, points: Tensor) -> Tensor:
     return (total / count[:, None])[color]
 
 
-def run_case(
-    case: Case,
-    device: str,
-    peers: bool,
-    only: str,
-    skip: str,
-    ceilings: measure.Ceilings | None,
-) -> list[Row]:
+def run_case(case: Case, asked: Asked, peers: bool) -> list[Row]:
+    device, skip = asked.device, asked.options.get("skip")
+    only = asked.options.get("only_ways") or ""
     rivals = [
         found
-        for found in _peers(case, device)
+        for found in peers_of(case, asked)
         if peers and _named(found[0], only) and not (skip and _named(found[0], skip))
     ]
     wanted = [one for one in OURS if _named(one.name, only) and one.runs(case, device)]
@@ -279,7 +278,11 @@ def run_case(
     inputs = case.inputs(device)
     rows, taken = [], {}
     for name, loss in rivals:
-        row, parts = _peer_row(case, name, loss, inputs, device)
+        try:
+            row, parts = _peer_row(case, name, loss, inputs, device)
+        except Exception as problem:  # a peer may fail in ways of its own
+            measure.skipped(f"{case.name}: {name}", str(problem))
+            continue
         rows.append(row)
         taken |= parts
     expected = exact_double(*inputs[0], ties=case.has_ties) if wanted else None
@@ -288,10 +291,9 @@ def run_case(
         loss = one.loss()
         check = agreement(with_gradient(loss)(*these[0]), expected, one.method)
         row = _row(case, one.name, loss, these, device)
-        row.check = check
+        row.check, row.passed = check, True
         row.ratios = {rival: time / row.milliseconds for rival, time in taken.items()}
-        row.share_of_ceiling = _rate(case, one, row.milliseconds * 1e-3, ceilings)
-        rows.append(row)
+        rows.append(row.against(work_of(case, one, asked.ceilings)))
     return rows
 
 
@@ -299,14 +301,17 @@ def _named(name: str, parts: str) -> bool:
     return any(part.strip() in name for part in parts.split(";"))
 
 
-def _peers(case: Case, device: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def peers_of(case: Case, asked: Asked) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "torch", torch_sort
-    if device == "cuda":
+    if asked.on_gpu:
         yield "torch.compile", compiled()
         if case.are_colors and case.pairs <= 1 << 25:
             yield "published loop", sw_guidance.loss
-    if case.are_colors and case.dtype == torch.float32 and _installed("ot"):
-        yield "POT", pot
+    if case.are_colors and case.dtype == torch.float32:
+        if _installed("ot"):
+            yield "POT", pot
+        else:
+            measure.skipped("POT", "it is not installed")
 
 
 def _peer_row(
@@ -325,33 +330,28 @@ def _peer_row(
     return row, {name: row.milliseconds, f"{name}'s GPU part": gpu}
 
 
-def _rate(case: Case, one: Ours, seconds: float, ceilings: measure.Ceilings | None) -> str:
-    """What was done a second, and the share of the ceiling where those were measured."""
+def work_of(case: Case, one: Ours, ceilings: Ceilings) -> Work:
+    """The file's docstring says what it consists of."""
     sides = 1 if one.kept else 2
-    if one.method == "binned":
-        rate = f"{(sides + 1) * case.pairs / seconds / 1e9:.3g} G updates and reads/s"
-    else:
-        rate = f"{sides * case.pairs / seconds / 1e9:.3g} G keys/s"
-    if ceilings is None:
-        return rate
-    if one.method == "exact":
-        rate += f", {sorting_bytes(case, one) / seconds / 1e12:.3g} TB/s"
-    return f"{rate}, {time_at_ceilings(case, one, ceilings) / seconds:.0%} of the ceiling"
-
-
-def time_at_ceilings(case: Case, one: Ours, ceilings: measure.Ceilings) -> float:
-    """Seconds; the file's docstring says of what."""
-    sides = 1 if one.kept else 2
-    if one.method == "exact":
-        time = sorting_bytes(case, one) / ceilings.copy
-    else:
-        readings = {"kept": 2, "in [0, 1]": 3, "": 5}[one.variant]
-        moved = (readings + 1) * case.n * case.d * case.dtype.itemsize
-        time = sides * case.pairs / ceilings.updates + case.pairs / ceilings.reads
-        time += moved / ceilings.copy
+    points = case.n * case.d * case.dtype.itemsize
+    products = (sides + 1) * 2 * case.d * case.pairs
+    operations = (sides + 1 if one.method == "binned" else sides) * case.pairs
+    if ceilings.device != "cuda":
+        time = products / ceilings.products(torch.float32) + 3 * points / ceilings.copy
+        return Work(1e3 * time, "products and copy", 3 * points, operations)
+    projecting = 0.0
     if case.d > MOST_COORDINATES:  # else kernels project points beside the counting
-        time += (sides + 1) * 2 * case.d * case.pairs / ceilings.products
-    return time
+        projecting = products / ceilings.products(torch.float32)
+    if one.method == "exact":
+        moved = sorting_bytes(case, one)
+        time, name = moved / ceilings.copy + projecting, "copies of a radix sort"
+        return Work(1e3 * time, name, moved, operations)
+    moved = ({"kept": 2, "in [0, 1]": 3, "": 5}[one.variant] + 1) * points
+    if ceilings.shared_memory is None:
+        return Work(moved=moved, operations=operations)
+    updates, reads = ceilings.shared_memory
+    time = sides * case.pairs / updates + case.pairs / reads + moved / ceilings.copy + projecting
+    return Work(1e3 * time, "shared memory and copy", moved, operations)
 
 
 def sorting_bytes(case: Case, one: Ours) -> int:
@@ -367,7 +367,7 @@ def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], 
         with_gradient(loss), inputs, device, repeats, graph=graph
     )
     dtype = str(case.dtype).removeprefix("torch.")
-    return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "", device=device)
+    return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "")
 
 
 def _installed(module: str) -> bool:
@@ -391,37 +391,23 @@ def cases(device: str, quick: bool) -> list[tuple[Case, bool]]:
     return found + [(Case(1048576, 32, torch.float32, image), False) for image in kinds]
 
 
+def rows(asked: Asked) -> Iterator[Row]:
+    if not asked.has(torch.float32, torch.float16, torch.bfloat16):
+        return
+    for case, peers in cases(asked.device, asked.quick):
+        if asked.dtype is not None and case.dtype != asked.dtype:
+            case = dataclasses.replace(case, dtype=asked.dtype)
+        if asked.cases in case.name:
+            yield from run_case(case, asked, peers)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one small case")
-    parser.add_argument("--csv", type=Path, help="write the rows there")
-    parser.add_argument("--cases", default="", metavar="PART", help="only cases so named")
-    parser.add_argument("--only", default="", metavar="PART", help="only implementations so named")
+    parser = suite.parser_of(__doc__)
+    parser.add_argument(
+        "--only", default="", metavar="PART", dest="only_ways", help="only implementations so named"
+    )
     parser.add_argument("--skip", default="", metavar="PART", help="no peers so named")
-    arguments = parser.parse_args()
-    device = arguments.device
-    ceilings = _ceilings() if device == "cuda" else None
-    rows = []
-    for case, peers in cases(device, arguments.quick):
-        if arguments.cases not in case.name:
-            continue
-        print(f"{case.name} …", flush=True)
-        found = run_case(case, device, peers, arguments.only, arguments.skip, ceilings)
-        if found:
-            measure.report(found, arguments.csv, earlier=rows)
-            rows += found
-    if not rows:
-        parser.error("nothing of that name runs here")
-
-
-def _ceilings() -> measure.Ceilings | None:
-    if reason := backends.unavailable("cuda"):
-        print(f"no ceilings: the kernels that measure them cannot run here: {reason}")
-        return None
-    ceilings = measure.ceilings()
-    print(f"ceilings in this run: {ceilings}")
-    return ceilings
+    suite.main(rows, parser)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How far sliced Wasserstein is from the exact solution, value and gradient.
 
-``python -m benchmarks.bench_sliced_wasserstein_accuracy [--device cuda] [--quick] [--csv FILE]``
+``python -m benchmarks.bench_sliced_wasserstein_accuracy [--device cuda] [--dtype bfloat16]
+[--quick] [--csv FILE]``
 
 Inputs are rounded to the dtype first; everything else is compared on what that leaves, with
 directions that are float32 numbers:
@@ -26,14 +27,12 @@ for ``exact``; or it is what rounding explains, and then the last column says "r
 - For ``exact`` with p = 1, ten wrong signs, of n L, more for gradients: points that all but meet
   their partners may be few, and then R may have got all of them right.
 
-An AssertionError follows the table if a row is out of bounds.
+The command fails after its table if a row is out of bounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,8 +42,9 @@ import torch
 from torch import Tensor
 
 import sdcore
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.bench_sliced_wasserstein import photo, unit_vectors
+from benchmarks.suite import Asked
 from sdcore import backends
 from sdcore.ops import sliced_wasserstein
 from sdcore.ops.sliced_wasserstein import DTYPES, compute_dtype
@@ -92,6 +92,10 @@ class Row:
     versions: str = ""
     commit: str = ""
     date: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        return "BROKEN" in (self.value_bound, self.gradient_bound)
 
 
 def points(data: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -278,44 +282,65 @@ def _cells(rival: float, ours: float, ratio: float, bound: str) -> tuple[str, ..
     return f"{rival:.1e}", f"{ours:.1e}", "" if math.isnan(ratio) else f"{ratio:.2f}", bound
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer points")
-    parser.add_argument("--csv", type=Path, help="write the rows there")
-    arguments = parser.parse_args()
-    device = arguments.device
-    n, count = (262144, 8) if device == "cuda" else (16384, 4)
-    if arguments.quick:
+def comparisons(asked: Asked) -> Iterator[Row]:
+    n, count = (262144, 8) if asked.on_gpu else (16384, 4)
+    if asked.quick:
         n, count = 4096, 4
-    names = available(device)
-    if not names:
-        parser.error("no backend but the reference runs here")
-    rows = []
+    names = available(asked.device)
+    if not asked.has(*DTYPES):
+        return
     for data in DATA:
-        print(f"{data}, n = m = {n:,}, L = {count} …", flush=True)
-        for dtype in DTYPES:
-            rows += rows_of(data, dtype, n, count, device, names)
-    finish(rows, device, arguments.csv)
+        if asked.cases in data:
+            for dtype in (asked.dtype,) if asked.dtype else DTYPES:
+                yield from rows_of(data, dtype, n, count, asked.device, names)
+
+
+def rows(asked: Asked) -> Iterator[measure.Row]:
+    """Comparisons as rows without times."""
+    for found in comparisons(asked):
+        row = as_measured(found)
+        if found.is_broken:
+            raise measure.WrongError(f"{row.case}, {row.dtype}, {row.implementation}: {row.check}")
+        yield row
+
+
+def as_measured(row: Row) -> measure.Row:
+    span = f", range {row.value_range}" if row.value_range else ""
+    return measure.Row(
+        "sliced_wasserstein_accuracy",
+        f"{row.data}, {row.n:,} points, {row.directions} directions, p = {row.p}{span}",
+        f"{row.backend} {row.method}",
+        row.dtype,
+        math.nan,
+        math.nan,
+        "not timed",
+        f"value off by {row.value:.1e}, {row.value_bound} (rival {row.value_rival:.1e}); "
+        f"gradient {row.gradient:.1e}, {row.gradient_bound} (rival {row.gradient_rival:.1e})",
+        passed=not row.is_broken,
+    )
+
+
+def main() -> None:
+    parser = suite.parser_of(__doc__)
+    given = parser.parse_args()
+    found = list(comparisons(suite.asked_by(given)))
+    if not found:
+        parser.error("no backend but the reference runs here")
+    finish(found, given.device, given.csv)
 
 
 def finish(rows: list[Row], device: str, path: Path | None) -> None:
     """Table and CSV; then an error if a bound is broken."""
-    shared = (
-        measure.device_name(device),
-        measure.versions(),
-        measure.commit(),
-        time.strftime("%Y-%m-%d"),
-    )
+    measured = measure.finished(as_measured(rows[0]), device)
     for row in rows:
-        row.device, row.versions, row.commit, row.date = shared
+        for name in ("device", "versions", "commit", "date"):
+            setattr(row, name, getattr(measured, name))
     print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
     print_table(rows)
     if path is not None:
         measure.write_csv([f.name for f in fields(Row)], [asdict(row) for row in rows], path)
-    broken = sum("BROKEN" in (row.value_bound, row.gradient_bound) for row in rows)
-    if broken:
-        raise AssertionError(f"{broken} of {len(rows)} rows break their bound")
+    if broken := sum(row.is_broken for row in rows):
+        raise SystemExit(f"{broken} of {len(rows)} rows break their bound")
     print(f"\nall {len(rows)} rows keep their bounds")
 
 

@@ -1,6 +1,7 @@
 """Attention of one head of 512, as the decoders of Stable Diffusion have it.
 
-``python -m benchmarks.bench_wide_attention [--device cuda] [--csv FILE] [--cases PART]``
+``python -m benchmarks.bench_wide_attention [--device cuda] [--dtype float16] [--quick] [--csv FILE]
+[--cases PART]``
 
 Forward alone, and forward with the gradients to q, k and v; peak memory beside the inputs. Peers:
 PyTorch's ``scaled_dot_product_attention`` as it chooses and with each of its backends that takes
@@ -14,25 +15,24 @@ and five more with gradients.
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import measure
+from benchmarks import measure, suite
 from benchmarks.measure import Row
+from benchmarks.suite import Asked
 from sdcore.ops import wide_attention
 from sdcore.ops.wide_attention import reference
 
 WIDTH = 512
 TOKENS, ON_A_CPU = (9216, 16384, 65536), (1024,)
 CHECKED = 256  # queries
-TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}
+TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 1e-5}
 BACKENDS = {
     "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA, math": SDPBackend.MATH,
@@ -78,9 +78,10 @@ def called(function: Function, backward: bool) -> Callable[..., list[Tensor]]:
     return both if backward else forward_only
 
 
-def checked(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> str | None:
-    """None if it is wrong."""
-    found = function(*given)
+def checked(call: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> tuple[str, bool]:
+    """What was compared, with the peak of memory; and whether it was right."""
+    found = call(*given)
+    memory = peak(call, given)
     q, k, v, grad = (one.double() for one in given)
     whole = k.shape[1] <= 2**14
     rows = slice(None) if whole and len(found) > 1 else slice(CHECKED)
@@ -91,7 +92,7 @@ def checked(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) ->
         (a[:, rows] if i < 2 else a, b) for i, (a, b) in enumerate(zip(found, exact, strict=True))
     ]
     off = max(float((a.double() - b).norm() / b.norm()) for a, b in (pairs if whole else pairs[:2]))
-    return f"float64, off by {off:.1e}" if off < TOLERANCE[given[0].dtype] else None
+    return f"float64, off by {off:.1e}{memory}", off < TOLERANCE[given[0].dtype]
 
 
 def peak(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> str:
@@ -106,61 +107,36 @@ def peak(function: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> st
     return f", {(torch.cuda.max_memory_allocated() - before) / 1e9:.2f} GB"
 
 
-def measured(tokens: int, dtype: torch.dtype, device: str, ceiling: float) -> list[Row]:
+def inputs(
+    batch: int, tokens: int, dtype: torch.dtype, device: str
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(q, k, v, the gradient to the output), twice."""
     torch.manual_seed(0)
-    given = [
-        tuple(torch.randn(1, tokens, WIDTH, device=device).to(dtype) for _ in range(4))
-        for _ in range(2)
-    ]
-    rows = []
+
+    def one() -> Tensor:
+        return torch.randn(batch, tokens, WIDTH, device=device).to(dtype)
+
+    return [(one(), one(), one(), one()) for _ in range(2)]
+
+
+def measured(tokens: int, dtype: torch.dtype, asked: Asked) -> Iterator[Row]:
+    given = inputs(1, tokens, dtype, asked.device)
     for backward in (False, True):
-        times: dict[str, float] = {}
-        here = []
-        for name, function in ways(tokens).items():
-            call = called(function, backward)
-            try:
-                check = checked(call, given[0])
-            except RuntimeError as error:  # a backend that does not take such heads
-                print(f"{name}, {tokens}: {str(error).splitlines()[0]}")
-                continue
-            if check is None:
-                raise SystemExit(f"{name}, {tokens} tokens, is wrong")
-            memory = peak(call, given[0])
-            taken, spread, how = measure.milliseconds(call, given, device)
-            times[name] = taken
-            rate = (14 if backward else 4) * tokens**2 * WIDTH / (taken * 1e-3)
-            here.append(
-                Row(
-                    "wide_attention",
-                    f"{tokens} tokens, {WIDTH} wide" + (", with gradients" if backward else ""),
-                    name, str(dtype).removeprefix("torch."), taken, spread, how, check + memory,
-                    f"{100 * rate / ceiling:.0f} %" if ceiling else "", device=device,
-                )
-            )  # fmt: skip
-        here[0].ratios = {name: taken / times["ours"] for name, taken in times.items()}
-        del here[0].ratios["ours"]
-        rows += here
-    return rows
+        case = f"{tokens} tokens, {WIDTH} wide" + (", with gradients" if backward else "")
+        calls = {name: called(one, backward) for name, one in ways(tokens).items()}
+        check = functools.partial(checked, given=given[0])
+        work = asked.ceilings.multiplying((14 if backward else 4) * tokens**2 * WIDTH, dtype)
+        yield from measure.compared("wide_attention", case, dtype, calls, given, check, work)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--cases", default="", help="those of which the tokens hold this")
-    given = parser.parse_args()
-    gpu = given.device == "cuda"
-    ceiling = measure.product_rate(8192, torch.bfloat16) if gpu else 0.0
-    if gpu:
-        print(f"products {ceiling / 1e12:.0f} Tflop/s")
-    rows: list[Row] = []
-    for tokens in TOKENS if gpu else ON_A_CPU:
-        if given.cases in str(tokens):
-            dtype = torch.bfloat16 if gpu else torch.float32
-            more = measured(tokens, dtype, given.device, ceiling)
-            measure.report(more, given.csv, rows)
-            rows += more
+def rows(asked: Asked) -> Iterator[Row]:
+    own = torch.bfloat16 if asked.on_gpu else torch.float32
+    tokens = TOKENS[: 1 if asked.quick else None] if asked.on_gpu else ON_A_CPU
+    for dtype in asked.dtypes(own, torch.float32, torch.float16, torch.bfloat16):
+        for count in tokens:
+            if asked.cases in str(count):
+                yield from measured(count, dtype, asked)
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(rows, suite.parser_of(__doc__))

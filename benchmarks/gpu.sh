@@ -98,10 +98,6 @@ if [[ $wanted == *" sanitize "* ]]; then
   done
 fi
 if [[ $wanted == *" bench "* ]]; then
-  for file in "$root"/benchmarks/bench_*.py; do
-    [[ -e $file ]] || continue
-    name=$(basename "$file" .py)
-    step "$name" "$python" -m "benchmarks.$name" --device cuda --csv "$logs/$name.csv"
-  done
+  step bench "$python" -m benchmarks --device cuda --out "$logs"
 fi
 report

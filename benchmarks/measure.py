@@ -8,11 +8,17 @@ cache several times, so that inputs are cold.
 from __future__ import annotations
 
 import csv
+import functools
+import math
+import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +28,32 @@ import torch
 
 # Several times the 60 MB of the largest second-level cache in use.
 COLD_BYTES = 200_000_000
+# Of which the versions are told if they were imported, by the module's name.
+PACKAGES = {
+    "sdcore": "sdcore", "torch": "torch", "triton": "triton", "diffusers": "diffusers",
+    "ot": "POT", "xformers": "xformers", "liger_kernel": "liger-kernel", "apex": "apex",
+}  # fmt: skip
+KEY = ("op", "case", "implementation", "dtype", "device")
+
+
+class WrongError(Exception):
+    """A result of ours that is further off than allowed: no time is told then."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be done, in milliseconds at the ceiling that is named."""
+
+    floor: float = 0.0  # 0 if there is no ceiling to compare with
+    ceiling: str = ""
+    moved: int | None = None
+    operations: int | None = None
 
 
 @dataclass
 class Row:
-    """One measurement. ``check`` says what was compared; a row without it is not printed."""
+    """One measurement. ``check`` says what was compared, ``passed`` whether that was right: None
+    where nothing was. Times are NaN where there are none."""
 
     op: str
     case: str
@@ -42,6 +69,96 @@ class Row:
     versions: str = ""
     commit: str = ""
     date: str = ""
+    passed: bool | None = None
+    ceiling: str = ""
+    moved: int | None = None  # bytes
+    operations: int | None = None
+    driver: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(getattr(self, name) for name in KEY)
+
+    @property
+    def floor(self) -> float | None:
+        """Milliseconds at the ceiling."""
+        found = re.search(r"([\d.e+-]+) ?%", self.share_of_ceiling)
+        return self.milliseconds * float(found[1]) / 100 if found else None
+
+    def against(self, work: Work) -> Row:
+        """With the work, and the share of its ceiling."""
+        self.ceiling, self.moved, self.operations = work.ceiling, work.moved, work.operations
+        if work.floor:
+            self.share_of_ceiling = percent(work.floor / self.milliseconds)
+        return self
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measured(
+    op: str,
+    case: str,
+    dtype: torch.dtype,
+    name: str,
+    call: Callable[..., Any],
+    given: Sequence[tuple[Any, ...]],
+    check: Callable[[Callable[..., Any]], tuple[str, bool]],
+    work: Work,
+    is_ours: bool,
+    repeats: int = 7,
+) -> Row | None:
+    """None, and a line, where there is not enough memory for it, or where a peer does not run.
+
+    Raises:
+        WrongError: ``check``, which gives what was compared and whether it was right, says that
+            ours is not.
+    """
+    try:
+        said, passed = check(call)
+        if is_ours and not passed:
+            raise WrongError(f"{op}, {case}: {name} is wrong: {said}")
+        taken = milliseconds(call, given, given[0][0].device.type, repeats)
+    except Exception as problem:  # a peer may fail in ways of its own
+        if is_ours and not isinstance(problem, torch.OutOfMemoryError):
+            raise
+        skipped(f"{op}, {case}: {name}", str(problem))
+        return None
+    return Row(op, case, name, dtype_name(dtype), *taken, said, passed=passed).against(work)
+
+
+def compared(
+    op: str,
+    case: str,
+    dtype: torch.dtype,
+    ways: dict[str, Callable[..., Any]],
+    given: Sequence[tuple[Any, ...]],
+    check: Callable[[Callable[..., Any]], tuple[str, bool]],
+    work: Work,
+) -> list[Row]:
+    """A row of each way that runs. "ours" is compared with the others."""
+    found = (
+        measured(op, case, dtype, name, call, given, check, work, name == "ours")
+        for name, call in ways.items()
+    )
+    rows = {row.implementation: row for row in found if row is not None}
+    if "ours" in rows:
+        rows["ours"].ratios = {
+            name: row.milliseconds / rows["ours"].milliseconds
+            for name, row in rows.items()
+            if name != "ours"
+        }
+    return list(rows.values())
+
+
+@functools.cache  # each is said once
+def skipped(what: str, why: str) -> None:
+    print(f"{what} is skipped: {(why.splitlines() or ['no reason given'])[0][:160]}", flush=True)
 
 
 def milliseconds(
@@ -111,116 +228,129 @@ def sets_for(bytes_each: int, device: str) -> int:
     return max(2, -(-COLD_BYTES // bytes_each)) if device == "cuda" else 1
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What a GPU does in a second: bytes that a copy reads and writes, updates and reads of a table
-    in shared memory, operations of a float32 matrix product."""
-
-    copy: float
-    updates: float
-    reads: float
-    products: float
-
-    def __str__(self) -> str:
-        return (
-            f"copy {self.copy / 1e12:.2f} TB/s; shared memory, 4096 bins, "
-            f"{self.updates / 1e9:.0f} G updates/s and {self.reads / 1e9:.0f} G reads/s; "
-            f"float32 products {self.products / 1e12:.1f} Tflop/s"
-        )
+def finished(row: Row, device: str) -> Row:
+    """With what all rows of a run share."""
+    row.device, row.driver = device_name(device), driver(device)
+    row.versions, row.commit, row.date = versions(), commit(), time.strftime("%Y-%m-%d")
+    return row
 
 
-def ceilings() -> Ceilings:
-    return Ceilings(copy_bandwidth(), *shared_memory_rates(), product_rate())
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; what an older one lacks is left at its default.
+
+    Raises:
+        ValueError: it is no benchmark's.
+        OSError: it can't be read.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        wanted = {*KEY, "milliseconds", "spread"}
+        if missing := sorted(wanted - set(reader.fieldnames or ())):
+            raise ValueError(f"{path} is no benchmark's CSV: it lacks {', '.join(missing)}")
+        return [_parsed(line) for line in reader]
 
 
-def copy_bandwidth() -> float:
-    """Device-to-device copy, bytes read plus bytes written per second: the memory's ceiling."""
-    source = torch.empty(1 << 28, device="cuda", dtype=torch.float32).normal_()
-    target = torch.empty_like(source)
-    # Not in a graph: there a copy may go to the copy engine, which is slower.
-    median, _, _ = milliseconds(lambda: target.copy_(source), [()] * 10, "cuda", graph=False)
-    return 2 * source.numel() * source.element_size() / (median * 1e-3)
-
-
-def shared_memory_rates(bins: int = 4096) -> tuple[float, float]:
-    """Updates and reads of random entries of a table in shared memory, per second: the ceilings
-    of counting projections, and of fetching their slopes."""
-    from sdcore import backends
-
-    module, device = backends.cuda_module(), torch.cuda.current_device()
-    blocks, threads, each = (
-        2 * torch.cuda.get_device_properties(device).multi_processor_count,
-        1024,
-        4096,
+def _parsed(line: dict[str, str]) -> Row:
+    known = {one.name: line.get(one.name) or "" for one in fields(Row)}
+    ratios = (pair.rpartition(" ") for pair in known["ratios"].split("; ") if pair)
+    numbers = {name: int(known[name]) if known[name] else None for name in ("moved", "operations")}
+    times = {name: float(known[name] or "nan") for name in ("milliseconds", "spread")}
+    return Row(
+        **known
+        | numbers
+        | times
+        | {
+            "ratios": {name: float(value) for name, _, value in ratios},
+            "passed": {"yes": True, "no": False}.get(known["passed"]),
+        }
     )
-    counts = torch.zeros(bins, dtype=torch.int32, device="cuda")
-    table = torch.rand(bins, device="cuda")
-    sums = torch.empty(blocks * threads, device="cuda")
-
-    def update() -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        module.shared_atomics(counts.data_ptr(), bins, each, blocks, threads, 1, device, stream)
-
-    def read() -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        arguments = (table.data_ptr(), bins, sums.data_ptr(), each, blocks, threads, 1)
-        module.shared_gathers(*arguments, device, stream)
-
-    done = blocks * threads * each
-    updates, reads = (milliseconds(call, [()], "cuda")[0] for call in (update, read))
-    return done / (updates * 1e-3), done / (reads * 1e-3)
 
 
-def product_rate(size: int = 4096, dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second, two a multiply-add, of a square matrix product."""
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    median, _, _ = milliseconds(torch.mm, [(a, b)], "cuda")
-    return 2 * size**3 / (median * 1e-3)
+def write(rows: Iterable[Row], path: Path, without: Iterable[str] = ()) -> None:
+    """Rows take the place of those of their key in the file, or come after them. Others stay, but
+    for those of the ops in ``without`` on the same device."""
+    new = {row.key: row for row in rows}
+    devices, dropped = {row.device for row in new.values()}, set(without)
+    old = {row.key: row for row in read(path)} if path.exists() else {}
+    kept = {
+        key: row
+        for key, row in old.items()
+        if key in new or not (row.op in dropped and row.device in devices)
+    }
+    write_csv([f.name for f in fields(Row)], [_line(row) for row in (kept | new).values()], path)
 
 
-def report(rows: list[Row], path: Path | None, earlier: Sequence[Row] = ()) -> None:
-    """Fill in what all rows share, print them as a table, and write them, after those that came
-    earlier, to the CSV: a run that is cut short leaves what it had measured."""
-    shared = versions(), commit(), time.strftime("%Y-%m-%d")
-    for row in rows:
-        row.device = device_name(row.device)
-        row.versions, row.commit, row.date = shared
-    print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
-    print_table(rows)
-    if path is not None:
-        lines = [
-            asdict(row) | {"ratios": "; ".join(f"{k} {v:.3g}" for k, v in row.ratios.items())}
-            for row in (*earlier, *rows)
-        ]
-        write_csv([f.name for f in fields(Row)], lines, path)
-    print(flush=True)
+def _line(row: Row) -> dict[str, Any]:
+    passed = "" if row.passed is None else "yes" if row.passed else "no"
+    # A name may hold a semicolon as little as it may end with a number.
+    ratios = "; ".join(f"{name} {ratio:.3g}" for name, ratio in row.ratios.items())
+    times = {
+        name: "" if math.isnan(value) else value
+        for name, value in (("milliseconds", row.milliseconds), ("spread", row.spread))
+    }
+    return asdict(row) | times | {"passed": passed, "ratios": ratios}
 
 
 def write_csv(head: Sequence[str], lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Whole or not at all: whoever interrupts it keeps the file that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, head, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    print(f"\nwritten to {path}")
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", newline="") as file:
+            writer = csv.DictWriter(file, head, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
 
 
-def print_table(rows: list[Row]) -> None:
-    head = ("case", "dtype", "implementation", "ms", "± ms", "faster than", "check", "ceiling")
+def print_table(rows: Sequence[Row]) -> None:
+    """A line for each row that is not told beside another, as one of its peers."""
+    peers = {(row.op, row.case, name) for row in rows for name in row.ratios}
     lines = [
         (
+            row.op,
             row.case,
             row.dtype,
             row.implementation,
             f"{row.milliseconds:.4g}",
-            f"{row.spread:.2g}",
-            ", ".join(f"{name} {ratio:.3g}×" for name, ratio in row.ratios.items()),
-            row.check,
-            row.share_of_ceiling,
+            _peers(row),
+            _share(row),
+            {True: "yes", False: "NO", None: "-"}[row.passed],
         )
         for row in rows
+        if not math.isnan(row.milliseconds)
+        and (row.ratios or (row.op, row.case, row.implementation) not in peers)
     ]
+    head = (
+        "op",
+        "case",
+        "dtype",
+        "implementation",
+        "ms",
+        "peers: ms (ratio)",
+        "ceiling",
+        "checked",
+    )
     print_lines(head, lines)
+
+
+def _peers(row: Row) -> str:
+    if row.passed is False:
+        return ""
+    return ", ".join(
+        f"{name} {row.milliseconds * ratio:.4g} ({ratio:.3g}×)"
+        for name, ratio in row.ratios.items()
+        if name != row.implementation
+    )
+
+
+def _share(row: Row) -> str:
+    floor = row.floor
+    return "" if floor is None else percent(floor / row.milliseconds)
 
 
 def print_lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -245,23 +375,40 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def driver(device: str) -> str:
+    """The version of the GPU's driver."""
+    if device != "cuda":
+        return ""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"Kernel Module\D*?([\d.]+\d)", text)
+    return found[1] if found else "unknown"
+
+
 def versions() -> str:
-    names = ("sdcore", "torch", "triton", "POT")
     found = []
-    for name in names:
+    for module, name in PACKAGES.items():
+        if module not in sys.modules:
+            continue
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            continue
+            found.append(f"{name} {getattr(sys.modules[module], '__version__', 'unknown')}")
+    if torch.version.cuda:
+        found.append(f"CUDA {torch.version.cuda}")
     return ", ".join(found)
 
 
+@functools.cache
 def commit() -> str:
+    """With "-dirty" if the tree differs from it."""
     root = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
         )
     except OSError:
-        return "no git"
-    return answer.stdout.strip() or "no commit"
+        return "unknown"
+    return answer.stdout.strip() or "unknown"

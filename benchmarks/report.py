@@ -120,14 +120,14 @@ class Results:
     def files(self) -> list[str]:
         """CSVs of times."""
         names = sorted(path.stem for path in self.folder.glob("*.csv"))
-        return [name for name in names if self.rows(name) and "milliseconds" in self.rows(name)[0]]
+        return [name for name in names if self._timed(name)]
 
     def all_of(self, name: str) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
         """Of each case its dtype, and of each implementation the time, how many times as long it
         took as the first one, and its share of the ceiling."""
         cases: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows(name):
-            cases.setdefault((row["case"], row["dtype"]), []).append(row)
+        for row in self._timed(name):
+            cases.setdefault((f"{row['op']}: {row['case']}", row["dtype"]), []).append(row)
         listed = []
         for (case, dtype), some in cases.items():
             first = float(some[0]["milliseconds"])
@@ -142,6 +142,9 @@ class Results:
             ]
             listed.append((case, dtype, lines))
         return listed
+
+    def _timed(self, name: str) -> list[Row]:
+        return [row for row in self.rows(name) if row.get("milliseconds")]
 
     def milliseconds(
         self, name: str, case: str, implementation: str, dtype: str | None = None

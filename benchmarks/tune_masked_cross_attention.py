@@ -27,6 +27,7 @@ from benchmarks.bench_masked_cross_attention import (
     exact,
     ours,
 )
+from benchmarks.ceilings import Ceilings
 from sdcore.triton_kernels import masked_cross_attention as kernels
 
 # Rows, warps, stages, programs of a multiprocessor; with gradients, whether sums are transposed.
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only those whose names have this part")
     parser.add_argument("--masks", nargs="+", default=["no mask", "bits", "regions", "gate"])
     given = parser.parse_args()
-    print(torch.cuda.get_device_name(), f"copy {measure.copy_bandwidth() / 1e12:.2f} TB/s")
+    print(torch.cuda.get_device_name(), f"copy {Ceilings('cuda').copy / 1e12:.2f} TB/s")
     for case in CASES["cuda"]:
         if given.cases in str(case):
             for backward in (False, True):
