@@ -113,9 +113,12 @@ class Results:
 
     def conditions(self, name: str) -> str:
         """Devices, versions, commits and dates of a CSV's rows."""
-        kinds = ("device", "versions", "commit", "date")
-        seen = [sorted({row[kind] for row in self.rows(name) if row.get(kind)}) for kind in kinds]
-        return "; ".join(", ".join(one) for one in seen if one)
+        told = []
+        for kind in ("device", "versions", "commit", "date"):
+            cells = [row[kind] for row in self.rows(name) if row.get(kind)]
+            parts = [part for cell in cells for part in cell.split(", ")]
+            told.append(", ".join(dict.fromkeys(parts if kind == "versions" else sorted(cells))))
+        return "; ".join(filter(None, told))
 
     def files(self) -> list[str]:
         """CSVs of times."""
