@@ -194,11 +194,19 @@ def draw(path: Path, folder: Path) -> list[Path]:
         name = f"{op}-{dtype}"
         if len(devices) > 1:
             name += "-" + re.sub(r"\W+", "-", device)
-        made = figure(shown)
-        for suffix in ("png", "svg"):
-            written.append(folder / f"{name}.{suffix}")
-            made.savefig(written[-1])
+        written += save(figure(shown), folder / name)
     return written
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """As PNG and SVG, the same bytes for the same figure."""
+    from matplotlib import rc_context
+
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
+    with rc_context({"svg.hashsalt": "sdcore"}):
+        for file in files:
+            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 Both are written from Jinja templates in ``benchmarks/templates``, which hold the words, and no
 measured figure; what is between ``{{`` and ``}}`` there are calls of the functions of
 :class:`Results`. ``--check`` writes nothing, and fails if a file is not what its template and the
-CSVs make of it. The chart that the README shows is drawn anew where matplotlib is installed.
+CSVs make of it. The charts that they show are drawn anew where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from pathlib import Path
 
 import jinja2
 
+from benchmarks import charts, measure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TEMPLATES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "templates"
 PAGES = {"README.md": ROOT / "README.md", "benchmarks.md": ROOT / "docs" / "benchmarks.md"}
-CHART = ROOT / "docs" / "speedups"
+CHART, CURVES = ROOT / "docs" / "speedups", ROOT / "docs" / "curves"
 
 # A number with a unit, or that something is so many times as much: what a template must not hold.
 MEASURED = re.compile(
@@ -124,6 +126,11 @@ class Results:
         """CSVs of times."""
         names = sorted(path.stem for path in self.folder.glob("*.csv"))
         return [name for name in names if self._timed(name)]
+
+    def curves(self, name: str) -> list[str]:
+        """Names of the charts of a CSV, without their suffix."""
+        shown = charts.panels(measure.read(self.folder / f"{name}.csv"))
+        return list(dict.fromkeys(f"{one.op}-{one.dtype}" for one in shown))
 
     def all_of(self, name: str) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
         """Of each case its dtype, and of each implementation the time, how many times as long it
@@ -263,10 +270,7 @@ def draw(path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("times as fast as", color=figures.INK)
     axes.spines[["top", "right"]].set_visible(False)
-    for suffix in (".png", ".svg"):
-        figure.savefig(
-            path.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else {}
-        )
+    charts.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -282,6 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"written: {path.relative_to(ROOT)}")
     try:
         draw(CHART)
+        results = Results(RESULTS)
+        for name in filter(results.curves, results.files()):
+            charts.draw(RESULTS / f"{name}.csv", CURVES / name)
     except ModuleNotFoundError as error:
         print(f"not drawn: {error.name} is not installed, which draws {CHART.name}.png")
 

@@ -80,3 +80,12 @@ def test_chart(tmp_path: Path) -> None:
     report.draw(tmp_path / "chart")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
     assert "<svg" in (tmp_path / "chart.svg").read_text()
+
+
+def test_curves_of_the_committed_files_are_drawn() -> None:
+    results = report.Results(report.RESULTS)
+    curved = {name: charts for name in results.files() if (charts := results.curves(name))}
+    assert "sliced_wasserstein-float32" in curved["quick_cpu"]
+    for name, charts in curved.items():
+        for chart in charts:
+            assert (report.CURVES / name / f"{chart}.png").exists()
