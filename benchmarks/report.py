@@ -27,10 +27,10 @@ RESULTS, TEMPLATES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "tem
 PAGES = {"README.md": ROOT / "README.md", "benchmarks.md": ROOT / "docs" / "benchmarks.md"}
 CHART, CURVES = ROOT / "docs" / "speedups", ROOT / "docs" / "curves"
 
-# A number with a unit, or that something is so many times as much: what a template must not hold.
+# A number with a unit, how many times as much, or an error: what a template must not hold.
 MEASURED = re.compile(
     r"(?<![\w.])\d+(?:[.,]\d+)*\s*(?:ms|µs|s|min|GB|GiB|MB|dB|%|×|times|TB/s|GB/s|seconds|minutes)"
-    r"(?![\w/]| \d)"
+    r"(?![\w/]| \d)|\d(?:\.\d+)?e-\d"
 )
 
 Row = dict[str, str]
