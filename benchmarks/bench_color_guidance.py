@@ -544,8 +544,7 @@ def alone(case: Case) -> dict[str, tuple[float, float, str]]:
     found = {}
     with (
         frozen_models(case),
-        sdcore.patch(pipe.vae, sdcore.FastDecoder(graph=False)),
-        as_in_graphs(pipe.unet),
+        as_on_a_gpu(pipe),
     ):
         for name, part, given, grad in (
             ("UNet", unet, x, torch.randn_like(x)),
@@ -558,14 +557,18 @@ def alone(case: Case) -> dict[str, tuple[float, float, str]]:
 
 
 @contextlib.contextmanager
-def as_in_graphs(unet: nn.Module) -> Iterator[None]:
-    """As ColorGuidance has it there, on a GPU."""
+def as_on_a_gpu(pipe: Any) -> Iterator[None]:
+    """UNet and VAE as ColorGuidance has them there; elsewhere as they are."""
+    unet = pipe.unet
     if next(unet.parameters()).device.type != "cuda":
         yield
         return
     unet.to(memory_format=torch.channels_last)
     try:
-        with sdcore.patch(unet, sdcore.FastNorms(), sdcore.FastGEGLU()):
+        with (
+            sdcore.patch(pipe.vae, sdcore.FastDecoder(graph=False)),
+            sdcore.patch(unet, sdcore.FastNorms(), sdcore.FastGEGLU()),
+        ):
             yield
     finally:
         unet.to(memory_format=torch.contiguous_format)
