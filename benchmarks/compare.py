@@ -12,7 +12,7 @@ distribution), and by more than the tolerance: a machine is not the same from da
 from __future__ import annotations
 
 import argparse
-import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,19 +49,13 @@ def read(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
         ValueError: the file is no benchmark's, or has a row twice; it says which.
         OSError: it can't be read.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    wanted = (*KEY, "milliseconds", "spread")
-    missing = [name for name in wanted if not rows or rows[0].get(name) is None]
-    if missing:
-        raise ValueError(f"{path} is no benchmark's CSV: it lacks {', '.join(missing)}")
     found: dict[tuple[str, ...], tuple[float, float]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in KEY)
+    for row in measure.read(path):
+        key = tuple(getattr(row, name) for name in KEY)
         if key in found:
             raise ValueError(f"{path} has two rows of {', '.join(key)}")
-        if row["milliseconds"]:  # what is compared for its accuracy alone has none
-            found[key] = float(row["milliseconds"]), float(row["spread"])
+        if not math.isnan(row.milliseconds):  # as of what is compared for its accuracy alone
+            found[key] = row.milliseconds, row.spread
     return found
 
 

@@ -244,8 +244,8 @@ def read(path: Path) -> list[Row]:
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        wanted = {*KEY, "milliseconds", "spread"}
-        if missing := sorted(wanted - set(reader.fieldnames or ())):
+        wanted = *KEY, "milliseconds", "spread"
+        if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} is no benchmark's CSV: it lacks {', '.join(missing)}")
         return [_parsed(line) for line in reader]
 

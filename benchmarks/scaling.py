@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -248,21 +249,31 @@ def _of_pixels(op: str, asked: Asked, powers: range) -> Iterator[Row]:
 def _norm_point(side: int, dtype: torch.dtype, asked: Asked) -> Point:
     shape = (1, 128, side, side)
     given = norm.inputs(shape, dtype, asked.device, False)
-    check = functools.partial(norm.checked, given=given[0], backward=False)
-    work = asked.ceilings.copying(norm.moved(shape, dtype, asked.device, False))
-    functions = {"ours": norm.ours, **_some(norm.peers(), asked)}
-    calls = {name: norm.called(one, False) for name, one in functions.items()}
-    return _point(f"pixels = {side**2:,}, 128 channels", dtype, side**2, given, calls, check, work)
+    case = f"pixels = {side**2:,}, 128 channels"
+    return _layer_point(norm, norm.ours, case, shape, dtype, given, asked)
 
 
 def _gelu_point(side: int, dtype: torch.dtype, asked: Asked) -> Point:
     shape = (1, side**2, 2 * 1280)
     given = gelu.inputs(shape, dtype, asked.device)
-    check = functools.partial(gelu.checked, given=given[0], backward=False)
-    work = asked.ceilings.copying(gelu.moved(shape, dtype, asked.device, False))
-    functions = {"ours": gelu.geglu, **_some(gelu.peers(), asked)}
-    calls = {name: gelu.called(one, False) for name, one in functions.items()}
-    return _point(f"pixels = {side**2:,}, 1,280 wide", dtype, side**2, given, calls, check, work)
+    case = f"pixels = {side**2:,}, 1,280 wide"
+    return _layer_point(gelu, gelu.geglu, case, shape, dtype, given, asked)
+
+
+def _layer_point(
+    bench: ModuleType,
+    ours: Callable[..., Any],
+    case: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    given: list[tuple[Any, ...]],
+    asked: Asked,
+) -> Point:
+    check = functools.partial(bench.checked, given=given[0], backward=False)
+    work = asked.ceilings.copying(bench.moved(shape, dtype, asked.device, False))
+    functions = {"ours": ours, **_some(bench.peers(), asked)}
+    calls = {name: bench.called(one, False) for name, one in functions.items()}
+    return _point(case, dtype, torch.Size(shape).numel(), given, calls, check, work)
 
 
 def _combine_point(side: int, dtype: torch.dtype, asked: Asked) -> Point:

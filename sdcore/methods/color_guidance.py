@@ -333,7 +333,7 @@ class ColorGuidance(Method):
             "rate": self._rate(call), "kind": call.run.scheduler.config.prediction_type,
             "scaling": state.scaling, "unet_gradient": self.unet_gradient,
             "decode_scale": self.decode_scale, "loss": self.loss,
-            "normalize_gradient": self.normalize_gradient,
+            "normalize_gradient": self.normalize_gradient, "schedule": self.schedule,
         }  # fmt: skip
         graph = state.graphs is not None and graphs.fits(alone.options)
         generator = state.generator if self.loss == "published" else None
@@ -356,12 +356,11 @@ class ColorGuidance(Method):
         self._check_finite(state, call, losses, u)
         return u
 
-    def _rate(self, call: Call) -> Tensor | float:
-        rate, by_alpha = self.learning_rate, self.schedule == "alpha"
-        if rate is None:
-            rate = published_rate(call.run.pipe.unet, call.latents.shape[2:])
-            rate *= ALPHA_RATE if by_alpha else 1
-        return rate * call.alpha if by_alpha else rate
+    def _rate(self, call: Call) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        rate = published_rate(call.run.pipe.unet, call.latents.shape[2:])
+        return ALPHA_RATE * rate if self.schedule == "alpha" else rate
 
     @staticmethod
     def _check_finite(state: SimpleNamespace, call: Call, losses: list[Tensor], u: Tensor) -> None:
@@ -392,13 +391,14 @@ def _inner_step(
     alpha: Tensor,
     sigma: Tensor,
     palettes: list[tuple[Tensor, Tensor | None]],
-    rate: Tensor | float,
+    rate: float,
     kind: str,
     scaling: tuple[Tensor, Tensor],
     unet_gradient: str,
     decode_scale: float,
     loss: str,
     normalize_gradient: bool,
+    schedule: str,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u and x, the sample moved by it, after the step; and the mean of L before. ``ask`` gives what
@@ -423,12 +423,15 @@ def _inner_step(
     # Of a mean over pixels: float16 would lose gradients as small as that.
     larger = 2.0 ** max(0, round(math.log2(pictures[0, 0].numel() / 64)))
     grad = torch.autograd.grad(larger * found.sum(), at)[0][:, :channels]
+    # Read as it lies: no launch of its own.
+    factor = alpha.expand(len(u)) if schedule == "alpha" else None
     if normalize_gradient:
         # Of no gradient at all there is nothing to divide.
         spread = grad.float().std((1, 2, 3)).clamp(min=1e-30)
-        u, x = control_step(u, grad, sample, rate, factor=1 / spread)
+        factor = (1 if factor is None else factor) / spread
     else:
-        u, x = control_step(u, grad, sample, rate / larger)
+        rate /= larger
+    u, x = control_step(u, grad, sample, rate, factor=factor)
     return u, x, found.detach().mean()
 
 

@@ -571,7 +571,7 @@ def step_of(dtype: torch.dtype, level: float = 0.1, **options: Any) -> tuple[Ten
         "alpha": half, "sigma": half, "palettes": [(PALETTE.colors, PALETTE.weights)],
         "rate": 100.0, "kind": "epsilon", "loss": "exact", "unet_gradient": "full",
         "scaling": (torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)),
-        "decode_scale": 1.0, "normalize_gradient": False,
+        "decode_scale": 1.0, "normalize_gradient": False, "schedule": "constant",
     }  # fmt: skip
     x = x.to(dtype)
     return color_guidance._inner_step(
@@ -584,6 +584,16 @@ def test_gradients_of_large_pictures_in_half_precision() -> None:
     """Of pictures of 1024², whose pixels have gradients that float16 has no numbers for."""
     wanted, half = step_of(torch.float32)[0], step_of(torch.float16)[0]
     assert float((half - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_step_by_alpha(normalize: bool) -> None:
+    options = {"rate": 0.04 if normalize else 100.0, "normalize_gradient": normalize}
+    constant, by_alpha = (
+        step_of(torch.float32, schedule=one, **options)[0] for one in ("constant", "alpha")
+    )
+    assert constant.std() > 0
+    torch.testing.assert_close(by_alpha, constant * 0.5**0.5)
 
 
 def test_a_gradient_of_nothing_is_not_normalized() -> None:
@@ -749,8 +759,8 @@ def test_a_gradient_that_is_not_finite_is_named(
     pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     real = color_guidance.control_step
 
-    def step(u, grad, sample, rate):
-        return real(u, grad / 0, sample, rate)
+    def step(u, grad, sample, rate, factor):
+        return real(u, grad / 0, sample, rate, factor=factor)
 
     monkeypatch.setattr(color_guidance, "control_step", step)
     refused(pipe, "the gradient is not finite at step 0", error=FloatingPointError)

@@ -65,7 +65,9 @@ def agrees(platform: Platform, given: dict[str, Any], *dtypes: torch.dtype) -> N
 def test_agrees_with_the_specification(platform: Platform, dtypes: tuple[torch.dtype, ...]) -> None:
     if platform.backend == "triton" and torch.float64 in dtypes:
         pytest.skip("not supported there")
-    for more, change in ((0, {}), (5, {"factor": None}), (1, {"learning_rate": 0.7})):
+    one = {"factor": torch.tensor(1.5).expand(2)}  # of all samples
+    others = (5, {"factor": None}), (1, {"learning_rate": 0.7}), (1, one | {"learning_rate": 0.7})
+    for more, change in ((0, {}), *others):
         agrees(platform, some((2, 4, 5, 7), more) | change, *dtypes)
 
 
