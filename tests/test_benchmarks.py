@@ -120,7 +120,8 @@ def test_older_files_are_read(path: Path) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("op,case\n1,2\n")
-    with pytest.raises(ValueError, match="lacks implementation, dtype, device, milliseconds, spread"):
+    missing = "lacks implementation, dtype, device, milliseconds, spread"
+    with pytest.raises(ValueError, match=missing):
         measure.read(tmp_path / "a.csv")
 
 
