@@ -7,8 +7,9 @@ On a GPU models have the sizes of SDXL's, in bfloat16, for 768 pixels, with 30 s
 guided by 8 iterations; and of Stable Diffusion 1.5's, for 512 pixels, with 30 steps of which 29 are
 guided by 10 iterations, in float32, as published, and in bfloat16. Weights are random; the VAE's
 last layer is scaled so that pictures fill their range. On a CPU, and with --quick, the embedded
-models, and few steps; --quick leaves out the vectorized sort. Texts are random, and text encoders
-left out. All that is told is for one image, with its decoding.
+models, and few steps; --quick has one of them, and leaves out the vectorized sort and what an
+iteration consists of. Texts are random, and text encoders left out. All that is told is for one
+image, with its decoding.
 
 Ways:
 
@@ -21,8 +22,9 @@ Ways:
   moves is compared with that of "published", with the same rotations and without a bootstrap.
 - "vectorized sort, eager": the published loop, with the loss in one matrix product and one sort,
   weights frozen, and nothing done that has no effect. Timed in parts as well.
-- "vectorized sort, torch.compile": the same with UNet and decoder compiled, the latter for SD 1.5
-  at one size, the mean of the published ones.
+- "vectorized sort, torch.compile", with --full or where --ways asks for it, because it takes
+  minutes: the same with UNet and decoder compiled, the latter for SD 1.5 at one size, the mean of
+  the published ones.
 - "ColorGuidance, quality" and "ColorGuidance, fast": calls of the patched pipeline, wall-clock,
   after a short one that captures graphs; "quality" with as many iterations as published.
 
@@ -648,14 +650,15 @@ def measured(case: Case, asked: Asked) -> Iterator[Row]:
         said = f"{check}; {case.inner_steps} iterations of {per:.1f} ms: {parts}"
         return row(name, parts.image(case), "sum of parts", said, passed, work)
 
-    names = [PUBLISHED, EAGER, *PRESETS, COMPILED]
-    # Inductor takes minutes on a CPU.
-    if asked.quick:
-        names = [PUBLISHED, *PRESETS]
-    wanted = asked.options.get("ways", "").split(";")
+    wanted = asked.options.get("ways", "")
+    names = [PUBLISHED, *PRESETS]
+    if not asked.quick:
+        names.insert(1, EAGER)
+    if asked.full or wanted:
+        names.append(COMPILED)
     if path is not None and case.is_xl:
         names.insert(1, UPSTREAM)
-    names = [name for name in names if any(part in name for part in wanted)]
+    names = [name for name in names if any(part in name for part in wanted.split(";"))]
     if not names:
         return
     check = Check(case)
@@ -685,7 +688,7 @@ def measured(case: Case, asked: Asked) -> Iterator[Row]:
             said = f"{verdict}; {split}"
             passed, work = (True, whole) if quality else (None, Work())
             yield row(name, taken, "end to end", said, passed, work)
-            if quality:
+            if quality and not asked.quick:
                 yield from part_rows(case, taken[0])
         else:
             models_of, options = {
@@ -723,8 +726,9 @@ def rows(asked: Asked) -> Iterator[Row]:
     if not asked.has(torch.bfloat16, torch.float32):
         return
     named = f", {measure.dtype_name(asked.dtype)}" if asked.dtype else ""
-    if asked.quick and not asked.on_gpu and not named:
-        named = ", float32"  # a CPU takes a minute for an image in bfloat16
+    if asked.quick and not named:
+        # A CPU takes a minute for an image in bfloat16.
+        named = ", bfloat16" if asked.on_gpu else ", float32"
     for case in cases(asked.device, asked.full_models, asked.cases, named):
         yield from measured(case, asked)
         released()
@@ -733,7 +737,6 @@ def rows(asked: Asked) -> Iterator[Row]:
 def main() -> None:
     parser = suite.parser_of(__doc__)
     parser.add_argument("--ways", default="", help="those whose name holds one of these")
-    parser.add_argument("--upstream", type=Path, help="a checkout of alobashev/sw-guidance")
     suite.main(rows, parser)
 
 

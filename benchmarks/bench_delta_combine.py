@@ -123,7 +123,7 @@ def rows_of(
         how: timed(added, None, given, case, "an addition", how, asked, 3) for how in timings
     }
     yield from addition.values()
-    for name, options in list(WORK.items())[: 1 if asked.quick and not asked.on_gpu else None]:
+    for name, options in list(WORK.items())[: 1 if asked.quick else None]:
         # A rescaling reads predictions twice.
         count = 8 + (6 if "guidance_rescale" in options else 0)
         ways = {"ours": ours(options), "plain PyTorch": plain(options)}

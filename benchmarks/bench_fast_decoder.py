@@ -9,8 +9,9 @@ the gradient to the latents, of 768 pixels, with frozen weights; and a guided st
 1024. On a CPU, and with --quick, they are those of the embedded models, in float32. Each row twice:
 captured by hand in one CUDA graph, and wall-clock of whole calls ("end to end"), which for
 ``FastDecoder`` are by its own graphs. Peers: the model as it is, and, but for --quick, in bfloat16
-``torch.compile`` of the decoder, for decoding also with ``mode="max-autotune"``; that makes CUDA
-graphs itself, and for the row of one by hand it is compiled without.
+``torch.compile`` of the decoder; with --full, which takes ten minutes more, for decoding also with
+``mode="max-autotune"``; that makes CUDA graphs itself, and for the row of one by hand it is
+compiled without.
 
 Each result is compared with that of the model in float32, without TF32 (of float32 in float64): off
 by at most twice what the model as it is is off by, plus epsilon. Share of the ceiling: that of a
@@ -24,7 +25,7 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ VAE = {
     "scaling_factor": 0.13025,
 }
 COMPILED = {"torch.compile": None, "torch.compile, max-autotune": "max-autotune"}
+SLOW_TO_COMPILE = ("torch.compile, max-autotune",)
 CALLS = 9  # of which the median is told
 Call = Callable[[Any, dict[str, Tensor]], Tensor]
 
@@ -165,8 +167,9 @@ def compiled(case: Case, mode: str | None) -> Iterator[Any]:
 Way = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def ways(case: Case, peers: str) -> dict[str, tuple[Way, Way]]:
-    """Of each, in one graph by hand, and end to end."""
+def ways(case: Case, peers: str | None, left_out: Container[str]) -> dict[str, tuple[Way, Way]]:
+    """Of each, in one graph by hand, and end to end. ``peers``: part of the names of those that are
+    asked for, whatever is left out."""
 
     def plain() -> Any:
         return contextlib.nullcontext(case.model)
@@ -180,7 +183,7 @@ def ways(case: Case, peers: str) -> dict[str, tuple[Way, Way]]:
     for name, (by_hand, alone) in case.methods.items():
         found[name] = (lambda m=by_hand: patched(m)), (lambda m=alone: patched(m))
     for name in case.peers:
-        if peers in name:
+        if name not in left_out if peers is None else peers in name:
             mode = COMPILED[name]
             in_graph = mode and f"{mode}-no-cudagraphs"
             found[name] = (lambda m=in_graph: compiled(case, m)), (lambda m=mode: compiled(case, m))
@@ -230,8 +233,8 @@ def measured(case: Case, asked: Asked) -> list[Row]:
     rows: list[Row] = []
     allowed, calls = 0.0, 3 if asked.quick else CALLS
     # Inductor takes minutes on a CPU.
-    peers = asked.options.get("peers", "none of them" if asked.quick else "")
-    for name, both in ways(case, peers).items():
+    left_out = COMPILED if asked.quick else () if asked.full else SLOW_TO_COMPILE
+    for name, both in ways(case, asked.options.get("peers"), left_out).items():
         for in_graph, way in zip((True, False), both, strict=True):
             if in_graph and not asked.on_gpu:
                 continue

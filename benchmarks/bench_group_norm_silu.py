@@ -151,7 +151,7 @@ def moved(shape: tuple[int, ...], dtype: torch.dtype, device: str, backward: boo
 def measured(
     shape: tuple[int, ...], dtype: torch.dtype, asked: Asked, others: dict[str, Function]
 ) -> Iterator[Row]:
-    for layout in ("contiguous", "channels last")[: 1 if asked.quick and not asked.on_gpu else 2]:
+    for layout in ("contiguous", "channels last")[: 1 if asked.quick else 2]:
         given = inputs(shape, dtype, asked.device, layout == "channels last")
         for backward in (False, True):
             case = f"{shape}, {layout}{', with the gradient' if backward else ''}"

@@ -115,16 +115,18 @@ class Masks:
         return cls(regions, bits, gate, added[:, None], allowed[:, None])
 
 
-def peers(case: Case, masks: Masks, device: str) -> Iterator[tuple[str, Function, Any]]:
+def peers(case: Case, masks: Masks, asked: Asked) -> Iterator[tuple[str, Function, Any]]:
     """Name, function of (q, k, v), and the mask by which to check it."""
     forms = {"no mask": None, "mask of its dtype": masks.added, "mask of bool": masks.allowed}
     for form, mask in forms.items():
         yield f"SDPA, {form}", functools.partial(_sdpa, mask), mask
-        if device == "cuda":
+        if asked.on_gpu:
             cudnn = functools.partial(_with, SDPBackend.CUDNN_ATTENTION, mask)
             yield f"SDPA with cuDNN, {form}", cudnn, mask
-    if device == "cuda":
+    if asked.on_gpu and not asked.quick:
+        torch._dynamo.reset()  # after eight kinds of calls it would compile no more
         yield "FlexAttention, score_mod", _flex(masks.allowed), masks.allowed
+    if asked.on_gpu:
         yield "xformers, mask of its dtype", functools.partial(_xformers, masks.added), masks.added
 
 
@@ -208,7 +210,7 @@ def rows_of(case: Case, backward: bool, asked: Asked) -> list[Row]:
     masks, inputs = Masks.of(case, asked.device), case.inputs(asked.device, backward)
     work = asked.ceilings.copying((5 if backward else 2) * case.bytes)
     rows = []
-    for name, function, mask in (*ours(masks), *peers(case, masks, asked.device)):
+    for name, function, mask in (*ours(masks), *peers(case, masks, asked)):
         call = called(function, backward)
         try:
             off = error(call(*inputs[0]), exact(inputs[0], mask, backward))

@@ -62,6 +62,7 @@ from sdcore.ops.sliced_wasserstein_cuda import MOST_COORDINATES
 
 VALUE_TOLERANCE = {"exact": 1e-5, "binned": 1e-3}
 GRADIENT_TOLERANCE = {"exact": 0.02, "binned": 0.1}
+SETS = 128  # of inputs, at most: peers take dozens of launches for each
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Case:
         """(x, y, directions), several times over where that makes them cold."""
         each = 2 * self.d * self.n * self.dtype.itemsize
         generator = torch.Generator(device).manual_seed(0)
-        return [self._input(device, generator) for _ in range(measure.sets_for(each, device))]
+        return [self._input(device, generator) for _ in range(measure.sets_for(each, device, SETS))]
 
     def _input(self, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         def uniform(*shape: int) -> Tensor:
@@ -303,7 +304,7 @@ def _named(name: str, parts: str) -> bool:
 
 def peers_of(case: Case, asked: Asked) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "torch", torch_sort
-    if asked.on_gpu:
+    if asked.on_gpu and not asked.quick:
         yield "torch.compile", compiled()
         if case.are_colors and case.pairs <= 1 << 25:
             yield "published loop", sw_guidance.loss

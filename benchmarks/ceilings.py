@@ -104,7 +104,7 @@ class Ceilings:
     def launches(self) -> float:
         """Kernels of next to no work, one after the other in a CUDA graph."""
         one = torch.zeros(1, device=self.device)
-        rate = self._rate("launches in a graph", lambda: one.add_(1), 1, sets=[()] * 100)
+        rate = self._rate("launches in a graph", lambda: one.add_(1), 1, sets=[()] * 2000)
         self.rows[-1].ceiling = f"{1e6 / rate:.3g} µs a launch"
         return rate
 

@@ -179,15 +179,12 @@ def _cross_point(case: cross.Case, asked: Asked) -> Point:
         return f"float64, off by {off:.1e}", off <= cross.bound(mask)
 
     ours = [one for one in cross.ours(masks) if one[0] in ("ours, no mask", "ours, bits")]
-    peers = list(cross.peers(case, masks, asked.device))
-    if asked.quick:  # FlexAttention is compiled for each size
-        peers = [one for one in peers if not one[0].startswith("Flex")]
     ways = [
         Way(
             name, cross.called(function, False), functools.partial(check, mask), work,
             name.startswith("ours"),
         )
-        for name, function, mask in (*ours, *peers)
+        for name, function, mask in (*ours, *cross.peers(case, masks, asked))
     ]  # fmt: skip
     name = f"pixels = {case.n:,}, batch = {case.batch:,}, 8 heads of 64"
     return Point(name, case.dtype, case.batch * case.n, given, ways)

@@ -42,6 +42,10 @@ class Asked:
         return self.size == "quick"
 
     @property
+    def full(self) -> bool:
+        return self.size == "full"
+
+    @property
     def full_models(self) -> bool:
         """Whether models have the sizes of Stable Diffusion's, and not those of the embedded."""
         return self.on_gpu and not self.quick
@@ -76,6 +80,9 @@ def shared_options(parser: argparse.ArgumentParser) -> None:
     ):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=help)
     parser.set_defaults(size="default")
+    parser.add_argument(
+        "--upstream", type=Path, help="of color_guidance: a checkout of alobashev/sw-guidance"
+    )
 
 
 def asked_by(given: argparse.Namespace) -> Asked:
