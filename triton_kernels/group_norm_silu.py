@@ -4,6 +4,7 @@ Either way has a pass that reads all and leaves sums for each channel of each pa
 small one that adds up a group's, and a pass that reads all again and writes. Tiles are pixels by
 channels; what lies side by side in memory, pixels or (channels last) channels, is their long side.
 The last pass goes through the tiles from the end: what was read last may still be in the cache.
+Where a group is small, one program does all three for it, in one launch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ TILE, WARPS = 4096, 4
 # Programs on each multiprocessor, of the passes that leave sums, and of how many tiles one has been
 # asked for at a time: 60 µs where one at a time took 100, and four programs of one 61.
 PROGRAMS, AHEAD = 2, 3
+# Of a group that one program has to itself: values, of which two bytes each stay in the cache of a
+# multiprocessor till they are read again; its channels; values of a tile; and those of a warp.
+WHOLE, WIDEST, WHOLE_TILE, OF_A_WARP = 3 * 2**14, 1024, 2**12, 2**8
 
 
 @triton.jit
@@ -30,7 +34,7 @@ def _base(b, first, channel, P, C, LAST: tl.constexpr):
     """Where the tile from pixel ``first`` and ``channel`` begins."""
     at = b.to(tl.int64) * C * P
     if LAST:
-        return at + first.to(tl.int64) * C + channel
+        return at + tl.cast(first, tl.int64) * C + channel
     else:
         return at + channel.to(tl.int64) * P + first
 
@@ -81,22 +85,17 @@ def _origin(x, residual, shift, b, c, P, C, width, LAST: tl.constexpr):
 
 
 @triton.jit
-def _statistics(
-    x, residual, shift, total, means, squares, P, C, width, length,
+def _moments(
+    x, residual, total, origin, added, b, channel, inside, start, end, P, C,
     LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel of a part of the pixels: the mean, and the sum of squares about it, by
-    Welford's updates in each place of the tile. With a residual, of ``total``, which it writes."""
-    part, b = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * CHANNELS
-    c = channel + tl.arange(0, CHANNELS)
-    there = tl.broadcast_to((c < C)[None, :], (PIXELS, CHANNELS))
+    """Of each channel, of the pixels from ``start`` to ``end``: the mean, and the sum of squares
+    about it, by Welford's updates in each place of the tile. With a residual, of ``total``, which
+    it writes."""
+    there = tl.broadcast_to(inside[None, :], (PIXELS, CHANNELS))
     places = _places(P, C, LAST, PIXELS, CHANNELS)
-    start = part * length
-    end = tl.minimum(start + length, P)
     full = (end - start) // PIXELS
-    origin = _origin(x, residual, shift, b, c, P, C, width, LAST)[None, :]
-    added = _vector(shift, b * C + c, c < C, 0.0)[None, :]
+    origin, added = origin[None, :], added[None, :]
     mean = tl.zeros((PIXELS, CHANNELS), tl.float32)
     square = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for tile in tl.range(0, full, num_stages=AHEAD):
@@ -120,7 +119,24 @@ def _statistics(
         off = value - mean
         mean = tl.where(valid, mean + off * (1 / (full + 1.0)), mean)
         square = tl.where(valid, square + off * (value - mean), square)
-    whole, about = _joined(count, mean, square)
+    return _joined(count, mean, square)
+
+
+@triton.jit
+def _statistics(
+    x, residual, shift, total, means, squares, P, C, width, length,
+    LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The moments of each channel of a part of the pixels."""
+    part, b = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    start = part * length
+    whole, about = _moments(
+        x, residual, total, _origin(x, residual, shift, b, c, P, C, width, LAST),
+        _vector(shift, b * C + c, c < C, 0.0), b, channel, c < C, start,
+        tl.minimum(start + length, P), P, C, LAST, PIXELS, CHANNELS, AHEAD,
+    )  # fmt: skip
     at = (b.to(tl.int64) * tl.num_programs(0) + part) * C + c
     tl.store(means + at, whole, c < C)
     tl.store(squares + at, about, c < C)
@@ -190,6 +206,12 @@ def _channels(x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAS
 
 
 @triton.jit
+def _activated(value, center, rest, scale, added, SILU: tl.constexpr):
+    z = (value - center - rest) * scale + added
+    return z * tl.sigmoid(z) if SILU else z
+
+
+@triton.jit
 def _apply(
     x, out, table, weight, bias, P, C,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -203,10 +225,55 @@ def _apply(
     row = table + b.to(tl.int64) * 3 * C + c
     center, rest = tl.load(row, c < C, 0)[None, :], tl.load(row + C, c < C, 0)[None, :]
     scale = tl.load(row + 2 * C, c < C, 0) * _vector(weight, c, c < C, 1.0)
-    z = (value - center - rest) * scale[None, :] + _vector(bias, c, c < C, 0.0)[None, :]
-    if SILU:
-        z = z * tl.sigmoid(z)
-    tl.store(out + at, z, inside)
+    bias = _vector(bias, c, c < C, 0.0)[None, :]
+    tl.store(out + at, _activated(value, center, rest, scale[None, :], bias, SILU), inside)
+
+
+@triton.jit
+def _whole(
+    x, residual, shift, total, out, weight, bias, mean, rstd, eps, P, C, width,
+    SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """All of a group: its moments, and what comes of them. What it reads a second time lies in the
+    cache."""
+    group, b = tl.program_id(0), tl.program_id(1)
+    channel = group * width
+    c = channel + tl.arange(0, CHANNELS)
+    inside = tl.arange(0, CHANNELS) < width
+    shifted = _vector(shift, b * C + c, inside, 0.0)
+    if residual is None:
+        origin = _origin(x, None, None, b, c, P, C, width, LAST)
+        whole, about = _moments(
+            x, None, None, origin, shifted, b, channel, inside, 0, P, P, C, LAST, PIXELS,
+            CHANNELS, AHEAD,
+        )  # fmt: skip
+        whole += shifted
+    else:
+        origin = _origin(x, residual, shift, b, c, P, C, width, LAST)
+        whole, about = _moments(
+            x, residual, total, origin, shifted, b, channel, inside, 0, P, P, C, LAST, PIXELS,
+            CHANNELS, AHEAD,
+        )  # fmt: skip
+        shifted = tl.zeros((CHANNELS,), tl.float32)  # in the sum already
+        x = total
+        tl.debug_barrier()  # other threads may read what these have written
+    of_group = tl.sum(tl.where(inside, whole, 0), 0) / width
+    off = whole - of_group
+    variance = tl.sum(tl.where(inside, about + P * off * off, 0), 0) / (1.0 * P * width)
+    scale = 1 / tl.sqrt_rn(variance + eps)
+    tl.store(mean + b * tl.num_programs(0) + group, of_group)
+    tl.store(rstd + b * tl.num_programs(0) + group, scale)
+    center, rest = _center(origin, of_group - shifted)
+    scale = scale * _vector(weight, c, inside, 1.0)
+    center, rest, scale = center[None, :], rest[None, :], scale[None, :]
+    bias = _vector(bias, c, inside, 0.0)[None, :]
+    places = _places(P, C, LAST, PIXELS, CHANNELS)
+    for first in tl.range((P - 1) // PIXELS * PIXELS, -1, -PIXELS, num_stages=AHEAD):
+        there = (first + tl.arange(0, PIXELS)[:, None] < P) & inside[None, :]
+        at = _base(b, first, channel, P, C, LAST) + places
+        value = tl.load(x + at, there, 0).to(tl.float32)
+        tl.store(out + at, _activated(value, center, rest, scale, bias, SILU), there)
 
 
 @triton.jit
@@ -220,23 +287,14 @@ def _slope(grad, normal, w, added, SILU: tl.constexpr):
 
 
 @triton.jit
-def _sums(
-    grad, x, weight, bias, shift, mean, rstd, sums, P, C, groups, width, length,
+def _summed(
+    grad, x, center, rest, scale, w, added, b, channel, there, start, end, P, C,
     SILU: tl.constexpr, NORMALS: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel of a part of the pixels: the sums of the gradient before SiLU, of it times
-    the normalized values, and of these alone."""
-    part, b = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * CHANNELS
-    c = channel + tl.arange(0, CHANNELS)
-    there = (c < C)[None, :]
+    """Of each channel, of the pixels from ``start`` to ``end``: the sums of the gradient before
+    SiLU, of it times the normalized values, and with NORMALS of these alone, else zeros."""
     places = _places(P, C, LAST, PIXELS, CHANNELS)
-    center, rest, scale, w, added = _channels(
-        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
-    )
-    start = part * length
-    end = tl.minimum(start + length, P)
     plain = tl.zeros((PIXELS, CHANNELS), tl.float32)
     times = tl.zeros((PIXELS, CHANNELS), tl.float32)
     normals = tl.zeros((PIXELS, CHANNELS), tl.float32)
@@ -251,10 +309,31 @@ def _sums(
         times += slope * normal
         if NORMALS:
             normals += tl.where(inside, normal, 0)
-    _store(sums, 0, tl.sum(plain, 0), b, part, c, C)
-    _store(sums, 1, tl.sum(times, 0), b, part, c, C)
+    return tl.sum(plain, 0), tl.sum(times, 0), tl.sum(normals, 0)
+
+
+@triton.jit
+def _sums(
+    grad, x, weight, bias, shift, mean, rstd, sums, P, C, groups, width, length,
+    SILU: tl.constexpr, NORMALS: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Those of each channel of a part of the pixels."""
+    part, b = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * CHANNELS
+    c = channel + tl.arange(0, CHANNELS)
+    center, rest, scale, w, added = _channels(
+        x, weight, bias, shift, mean, rstd, b, c, P, C, groups, width, LAST
+    )
+    start = part * length
+    plain, times, normals = _summed(
+        grad, x, center, rest, scale, w, added, b, channel, (c < C)[None, :], start,
+        tl.minimum(start + length, P), P, C, SILU, NORMALS, LAST, PIXELS, CHANNELS, AHEAD,
+    )  # fmt: skip
+    _store(sums, 0, plain, b, part, c, C)
+    _store(sums, 1, times, b, part, c, C)
     if NORMALS:
-        _store(sums, 2, tl.sum(normals, 0), b, part, c, C)
+        _store(sums, 2, normals, b, part, c, C)
 
 
 @triton.jit
@@ -288,15 +367,13 @@ def _finish_backward(
     c = tl.arange(0, WIDTH)
     inside, channels = c < width, group * width + c
     w = _vector(weight, channels, inside, 1.0)
+    at = b.to(tl.int64) * C + channels
     plain = _added(sums, 0, b, channels, inside, parts, C, PARTS)
     times = _added(sums, 1, b, channels, inside, parts, C, PARTS)
-    share = 1 / (1.0 * P * width)
-    common = share * tl.sum(tl.where(inside, w * plain, 0))
-    along = share * tl.sum(tl.where(inside, w * times, 0))
+    common, along = _shares(plain, times, w, inside, P, width)
     scale = tl.load(rstd + b * tl.num_programs(0) + group)
     off = tl.load(mean + b * tl.num_programs(0) + group)
     origin = _origin(x, None, None, b, channels, P, C, width, LAST)
-    at = b.to(tl.int64) * C + channels
     center, rest = _center(origin, off - _vector(shift, at, inside, 0.0))
     row = table + b.to(tl.int64) * 5 * C + channels
     tl.store(row, center, inside)
@@ -304,13 +381,48 @@ def _finish_backward(
     tl.store(row + 2 * C, tl.broadcast_to(scale, (WIDTH,)), inside)
     tl.store(row + 3 * C, tl.broadcast_to(common, (WIDTH,)), inside)
     tl.store(row + 4 * C, tl.broadcast_to(along, (WIDTH,)), inside)
+    normals = plain
+    if to_shift is not None:
+        normals = _added(sums, 2, b, channels, inside, parts, C, PARTS)
+    _store_vectors(
+        to_weight, to_bias, to_shift, at, plain, times, normals, w, scale, common, along, P, inside
+    )
+
+
+@triton.jit
+def _shares(plain, times, w, inside, P, width):
+    """What a group's values have in common in their gradients, and what they have in proportion to
+    the normalized ones."""
+    share = 1 / (1.0 * P * width)
+    common = share * tl.sum(tl.where(inside, w * plain, 0), 0)
+    return common, share * tl.sum(tl.where(inside, w * times, 0), 0)
+
+
+@triton.jit
+def _store_vectors(
+    to_weight, to_bias, to_shift, at, plain, times, normals, w, scale, common, along, P, inside
+):  # fmt: skip
+    """What this sample adds to the gradients to weight, bias and shift, where they are wanted."""
     if to_weight is not None:
         tl.store(to_weight + at, times, inside)
     if to_bias is not None:
         tl.store(to_bias + at, plain, inside)
     if to_shift is not None:
-        normals = _added(sums, 2, b, channels, inside, parts, C, PARTS)
         tl.store(to_shift + at, scale * (w * plain - P * common - along * normals), inside)
+
+
+@triton.jit
+def _pulled(
+    value, slope, center, rest, scale, w, added, common, along, more, at, inside,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """The gradient to values; ``more`` is added to it."""
+    normal = (value - center - rest) * scale
+    slope = _slope(slope, normal, w, added, SILU)
+    found = scale * (w * slope - common - along * normal)
+    if more is not None:
+        found += tl.load(more + at, inside, 0).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -332,12 +444,47 @@ def _apply_backward(
     along = tl.load(row + 4 * C, c < C, 0)[None, :]
     w = _vector(weight, c, c < C, 1.0)[None, :]
     added = _vector(bias, c, c < C, 0.0)[None, :]
-    normal = (value - center - rest) * scale
-    slope = _slope(slope, normal, w, added, SILU)
-    found = scale * (w * slope - common - along * normal)
-    if more is not None:
-        found += tl.load(more + at, inside, 0).to(tl.float32)
+    found = _pulled(
+        value, slope, center, rest, scale, w, added, common, along, more, at, inside, SILU
+    )
     tl.store(out + at, found, inside)
+
+
+@triton.jit
+def _whole_backward(
+    grad, more, x, out, weight, bias, shift, mean, rstd, to_weight, to_bias, to_shift, P, C, width,
+    SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """All of a group's gradients. Without ``out`` only those to vectors."""
+    group, b = tl.program_id(0), tl.program_id(1)
+    channel = group * width
+    c = channel + tl.arange(0, CHANNELS)
+    inside = tl.arange(0, CHANNELS) < width
+    center, rest, scale, w, added = _channels(
+        x, weight, bias, shift, mean, rstd, b, c, P, C, tl.num_programs(0), width, LAST
+    )
+    plain, times, normals = _summed(
+        grad, x, center, rest, scale, w, added, b, channel, inside[None, :], 0, P, P, C, SILU,
+        to_shift is not None, LAST, PIXELS, CHANNELS, AHEAD,
+    )  # fmt: skip
+    of_channels = tl.reshape(w, (CHANNELS,))
+    common, along = _shares(plain, times, of_channels, inside, P, width)
+    _store_vectors(
+        to_weight, to_bias, to_shift, b.to(tl.int64) * C + c, plain, times, normals, of_channels,
+        tl.reshape(scale, (CHANNELS,)), common, along, P, inside,
+    )  # fmt: skip
+    if out is not None:
+        places = _places(P, C, LAST, PIXELS, CHANNELS)
+        for first in tl.range((P - 1) // PIXELS * PIXELS, -1, -PIXELS, num_stages=AHEAD):
+            there = (first + tl.arange(0, PIXELS)[:, None] < P) & inside[None, :]
+            at = _base(b, first, channel, P, C, LAST) + places
+            value = tl.load(x + at, there, 0).to(tl.float32)
+            slope = tl.load(grad + at, there, 0).to(tl.float32)
+            found = _pulled(
+                value, slope, center, rest, scale, w, added, common, along, more, at, there, SILU
+            )
+            tl.store(out + at, found, there)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,6 +510,16 @@ def _tile(pixels: int, channels: int, last: bool) -> tuple[int, int]:
         return TILE // wide, wide
     long = min(TILE, triton.next_power_of_2(pixels))
     return long, min(TILE // long, triton.next_power_of_2(channels))
+
+
+def _whole_kinds(pixels: int, width: int) -> dict[str, int] | None:
+    """Of a group that one program is to have: what that is compiled for; None if it is none."""
+    if pixels * width > WHOLE or width > WIDEST:
+        return None
+    wide = triton.next_power_of_2(width)
+    long = min(WHOLE_TILE // wide, triton.next_power_of_2(pixels))
+    warps = min(max(1, long * wide // OF_A_WARP), 16)
+    return {"PIXELS": long, "CHANNELS": wide, "AHEAD": AHEAD, "num_warps": warps}
 
 
 def _parts(x: Tensor, pixels: int, tile: tuple[int, int]) -> tuple[int, int]:
@@ -402,6 +559,13 @@ def forward(
         return
     batch, channels = x.shape[:2]
     pixels, width = x[0, 0].numel(), channels // groups
+    if kinds := _whole_kinds(pixels, width):
+        with chips.on(x):
+            _whole[(groups, batch)](
+                x, residual, shift, None if residual is None else total, out, weight, bias, mean,
+                rstd, eps, pixels, channels, width, SILU=silu, LAST=last, **kinds,
+            )  # fmt: skip
+        return
     tile = _tile(pixels, channels, last)
     kinds = {"LAST": last, "PIXELS": tile[0], "CHANNELS": tile[1], "num_warps": WARPS}
     others = triton.cdiv(channels, tile[1]), batch
@@ -445,21 +609,50 @@ def backward(
         return
     batch, channels = x.shape[:2]
     pixels, width = x[0, 0].numel(), channels // groups
+    to_x, *vectors = found
+    each = [
+        x.new_empty((batch, channels), dtype=torch.float32) if one.numel() else None
+        for one in vectors
+    ]
+    given = weight, bias, shift, mean, rstd
+    if kinds := _whole_kinds(pixels, width):
+        with chips.on(x):
+            _whole_backward[(groups, batch)](
+                grad, more, x, to_x if to_x.numel() else None, *given, *each, pixels, channels,
+                width, SILU=silu, LAST=last, **kinds,
+            )  # fmt: skip
+    else:
+        _in_parts_backward(to_x, each, last, grad, more, x, given, groups, silu)
+    for one, of_samples in zip(vectors, each, strict=True):
+        if of_samples is not None:
+            one.copy_(of_samples if one.ndim == 2 else of_samples.sum(0))
+
+
+def _in_parts_backward(
+    to_x: Tensor,
+    each: Sequence[Tensor | None],
+    last: bool,
+    grad: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    given: Sequence[Tensor | None],
+    groups: int,
+    silu: bool,
+) -> None:
+    """``each``: gradients to weight, bias and shift, of each sample; ``given``: these three, means
+    and deviations."""
+    weight, bias, shift, mean, rstd = given
+    batch, channels = x.shape[:2]
+    pixels, width = x[0, 0].numel(), channels // groups
     tile = _tile(pixels, channels, last)
     kinds = {
         "SILU": silu, "LAST": last, "PIXELS": tile[0], "CHANNELS": tile[1], "num_warps": WARPS,
     }  # fmt: skip
     others = triton.cdiv(channels, tile[1]), batch
     parts, length = _parts(x, pixels, tile)
-    to_x, *vectors = found
-    shifted = vectors[2].numel() > 0
+    shifted = each[2] is not None
     sums = x.new_empty((2 + shifted, batch, parts, channels), dtype=torch.float32)
     table = x.new_empty((batch, 5, channels), dtype=torch.float32)
-    each = [
-        x.new_empty((batch, channels), dtype=torch.float32) if one.numel() else None
-        for one in vectors
-    ]
-    given = weight, bias, shift, mean, rstd
     with chips.on(x):
         _sums[(parts, *others)](
             grad, x, *given, sums, pixels, channels, groups, width, length, NORMALS=shifted,
@@ -473,6 +666,3 @@ def backward(
             _apply_backward[(triton.cdiv(pixels, tile[0]), *others)](
                 grad, more, x, to_x, table, weight, bias, pixels, channels, **kinds
             )  # fmt: skip
-    for one, of_samples in zip(vectors, each, strict=True):
-        if of_samples is not None:
-            one.copy_(of_samples if one.ndim == 2 else of_samples.sum(0))

@@ -135,6 +135,16 @@ def supported(platform: Platform, dtype: torch.dtype) -> bool:
     return platform.backend != "triton" or dtype != torch.float64
 
 
+@pytest.fixture(params=["whole", "parts"])
+def split(request: pytest.FixtureRequest, platform: Platform, monkeypatch: Any) -> None:
+    """Triton has a launch for whole groups, if they are small, and three for parts of them."""
+    if request.param == "parts":
+        if platform.backend != "triton":
+            pytest.skip("there is one way")
+        monkeypatch.setattr("sdcore.triton_kernels.group_norm_silu.WHOLE", 0)
+
+
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "norm"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,9 +171,12 @@ SHAPES = [
     ((2, 8, 70), 4),
     ((4, 12), 3),
     ((1, 4, 83, 101), 1),
+    ((1, 80, 37, 31), 2),  # groups of several tiles, and not all of the last
+    ((1, 1026, 3), 1),  # more channels than a whole group may have
 ]
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("platform", ALL)
@@ -173,6 +186,7 @@ def test_shapes(platform: Platform, shape: tuple[int, ...], groups: int, last: b
     agrees(platform, some(shape), groups, torch.float32, last=last)
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("platform", ALL)
@@ -205,6 +219,7 @@ def test_weights_of_float32(platform: Platform) -> None:
     torch.testing.assert_close(y.cpu().double(), exact, rtol=8e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("platform", ALL)
 @pytest.mark.parametrize("wrt", [*NAMES, "x weight", "bias shift"])
 def test_gradients_that_are_not_needed(platform: Platform, wrt: str) -> None:
@@ -286,6 +301,7 @@ def test_nothing_there(platform: Platform, shape: tuple[int, ...]) -> None:
         assert torch.equal(grad, torch.zeros_like(one))
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("platform", ALL)
 def test_values_that_are_not_finite(platform: Platform, last: bool) -> None:
@@ -376,9 +392,10 @@ def test_under_autocast(platform: Platform) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("side", [70, 170], ids=["whole", "parts"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
-def test_nothing_waits_and_graphs_replay(last: bool) -> None:
-    given = cast(some((2, 64, 70, 66)), torch.bfloat16, "cuda", last)
+def test_nothing_waits_and_graphs_replay(last: bool, side: int) -> None:
+    given = cast(some((2, 64, side, side - 4)), torch.bfloat16, "cuda", last)
 
     def call() -> list[Tensor]:
         y, s = group_norm_silu(num_groups=32, **given)
