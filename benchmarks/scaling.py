@@ -28,7 +28,8 @@ from benchmarks import measure
 from benchmarks.measure import Row, Work
 from benchmarks.suite import Asked
 
-LIMIT, QUICK_LIMIT = 3000.0, 150.0  # milliseconds of a call
+LIMIT, QUICK_LIMIT = 1000.0, 150.0  # milliseconds of a call
+ENOUGH = 200.0  # milliseconds of calls with one set of inputs after the other
 SORTED = 2**24  # points times directions that are sorted in float64 for a check
 # Bytes beside the inputs, for each point and direction: keys and their order, before and after, of
 # both sides, with what a sort needs besides.
@@ -65,15 +66,17 @@ def curve(op: str, points: Iterable[Callable[[], Point]], asked: Asked) -> Itera
         found: list[tuple[Way, Row]] = []
         for way in point.ways:
             cost, taken = last.get(way.name, (point.cost, 0.0))
+            predicted = taken * point.cost / cost
             if way.name in ended:
                 continue
-            if why := _too_much(way, taken * point.cost / cost, limit, asked.device):
+            if why := _too_much(way, predicted, limit, asked.device):
                 measure.skipped(f"{op}, {point.case} and beyond: {way.name}", why)
                 ended.add(way.name)
                 continue
+            given = point.given[: max(2, int(ENOUGH / predicted))] if predicted else point.given
             row = measure.measured(
-                op, point.case, point.dtype, way.name, way.call, point.given, way.check, way.work,
-                way.is_ours, repeats,
+                op, point.case, point.dtype, way.name, way.call, given, way.check, way.work,
+                way.is_ours, repeats if predicted < ENOUGH else 3,
             )  # fmt: skip
             if row is None:
                 ended.add(way.name)
