@@ -26,7 +26,7 @@ TILE, WARPS = 4096, 4
 PROGRAMS, AHEAD = 2, 3
 # Of a group that one program has to itself: values, of which two bytes each stay in the cache of a
 # multiprocessor till they are read again; its channels; values of a tile; and those of a warp.
-WHOLE, WIDEST, WHOLE_TILE, OF_A_WARP = 3 * 2**14, 1024, 2**12, 2**8
+WHOLE, WIDEST, WHOLE_TILE, OF_A_WARP = 2**13, 1024, 2**12, 2**8
 
 
 @triton.jit
