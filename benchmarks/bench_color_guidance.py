@@ -7,8 +7,8 @@ On a GPU models have the sizes of SDXL's, in bfloat16, for 768 pixels, with 30 s
 guided by 8 iterations; and of Stable Diffusion 1.5's, for 512 pixels, with 30 steps of which 29 are
 guided by 10 iterations, in float32, as published, and in bfloat16. Weights are random; the VAE's
 last layer is scaled so that pictures fill their range. On a CPU, and with --quick, the embedded
-models, and few steps; --quick has one of them, and leaves out the vectorized sort and what an
-iteration consists of. Texts are random, and text encoders left out. All that is told is for one
+models, and few steps; --quick has one of them, and leaves out the vectorized sort, "fast" and what
+an iteration consists of. Texts are random, and text encoders left out. All that is told is for one
 image, with its decoding.
 
 Ways:
@@ -651,9 +651,7 @@ def measured(case: Case, asked: Asked) -> Iterator[Row]:
         return row(name, parts.image(case), "sum of parts", said, passed, work)
 
     wanted = asked.options.get("ways", "")
-    names = [PUBLISHED, *PRESETS]
-    if not asked.quick:
-        names.insert(1, EAGER)
+    names = [PUBLISHED, "ColorGuidance, quality"] if asked.quick else [PUBLISHED, EAGER, *PRESETS]
     if asked.full or wanted:
         names.append(COMPILED)
     if path is not None and case.is_xl:

@@ -126,8 +126,11 @@ def rows_of(
     for name, options in list(WORK.items())[: 1 if asked.quick else None]:
         # A rescaling reads predictions twice.
         count = 8 + (6 if "guidance_rescale" in options else 0)
-        ways = {"ours": ours(options), "plain PyTorch": plain(options)}
-        ways["torch.compile"] = torch.compile(plain(options), dynamic=False)
+        others = {
+            "plain PyTorch": plain(options),
+            "torch.compile": torch.compile(plain(options), dynamic=False),
+        }
+        ways = {"ours": ours(options), **asked.peers(others)}
         for how in timings:
             found: list[Row] = []
             for who, call in ways.items():

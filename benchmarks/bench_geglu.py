@@ -112,7 +112,7 @@ def measured(
 
 
 def rows(asked: Asked) -> Iterator[Row]:
-    others = peers()
+    others = asked.peers(peers())
     own = torch.bfloat16 if asked.on_gpu else torch.float32
     shapes = SHAPES[: 1 if asked.quick else None] if asked.on_gpu else ON_A_CPU
     for dtype in asked.dtypes(own, torch.float32, torch.float16, torch.bfloat16):

@@ -164,7 +164,7 @@ def measured(
 
 
 def rows(asked: Asked) -> Iterator[Row]:
-    others = peers()
+    others = asked.peers(peers())
     own = torch.bfloat16 if asked.on_gpu else torch.float32
     shapes = SHAPES if asked.on_gpu else ON_A_CPU
     if asked.quick:

@@ -61,8 +61,10 @@ from sdcore.ops import sliced_wasserstein
 from sdcore.ops.sliced_wasserstein_cuda import MOST_COORDINATES
 
 VALUE_TOLERANCE = {"exact": 1e-5, "binned": 1e-3}
-GRADIENT_TOLERANCE = {"exact": 0.02, "binned": 0.1}
-SETS = 128  # of inputs, at most: peers take dozens of launches for each
+# With fewer directions than these, errors of their signs average out less.
+GRADIENT_TOLERANCE, AVERAGED = {"exact": 0.02, "binned": 0.1}, 32
+# Of inputs, at most: peers take dozens of launches for each; and outside of a graph many more.
+SETS, SLOW_SETS = 128, 8
 
 
 @dataclass(frozen=True)
@@ -226,12 +228,15 @@ def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Te
     return both
 
 
-def agreement(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str) -> str:
+def agreement(
+    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str, directions: int
+) -> str:
     """Relative errors of value and gradient; raises if they are not what the method promises."""
     value, gradient = (t.double() for t in found)
     value_error = ((value - expected[0]).abs() / expected[0]).item()
     gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
-    limits = VALUE_TOLERANCE[method], GRADIENT_TOLERANCE[method]
+    fewer = max(1.0, AVERAGED / directions) ** 0.5
+    limits = VALUE_TOLERANCE[method], GRADIENT_TOLERANCE[method] * fewer
     if not (value_error < limits[0] and gradient_error < limits[1]):
         raise measure.WrongError(
             f"{method}: value off by {value_error:.2g}, gradient by {gradient_error:.2g} "
@@ -290,7 +295,7 @@ def run_case(case: Case, asked: Asked, peers: bool) -> list[Row]:
     for one in wanted:
         these = with_palettes(inputs, one.method) if one.kept else inputs
         loss = one.loss()
-        check = agreement(with_gradient(loss)(*these[0]), expected, one.method)
+        check = agreement(with_gradient(loss)(*these[0]), expected, one.method, case.directions)
         row = _row(case, one.name, loss, these, device)
         row.check, row.passed = check, True
         row.ratios = {rival: time / row.milliseconds for rival, time in taken.items()}
@@ -364,8 +369,9 @@ def sorting_bytes(case: Case, one: Ours) -> int:
 def _row(case: Case, name: str, loss: Callable[..., Tensor], inputs: list[Any], device: str) -> Row:
     repeats = {"torch": 3, "torch.compile": 3, "POT": 1, "published loop": 1}.get(name, 11)
     graph = name not in ("POT", "published loop", "torch.compile")
+    given = inputs if graph else inputs[:SLOW_SETS]
     median, spread, how = measure.milliseconds(
-        with_gradient(loss), inputs, device, repeats, graph=graph
+        with_gradient(loss), given, device, repeats, graph=graph
     )
     dtype = str(case.dtype).removeprefix("torch.")
     return Row("sliced_wasserstein", str(case), name, dtype, median, spread, how, "")

@@ -58,6 +58,7 @@ DATA = ("random", "photo", "two colors", *NOISES)
 RANGES = {"binned": ((0.0, 1.0), None), "exact": (None,)}
 FACTOR = {"binned": 1.5, "exact": 2.0}
 MISTAKES = 10
+QUICK = (torch.float32, torch.bfloat16)
 
 
 class Solution(NamedTuple):
@@ -300,7 +301,7 @@ def comparisons(asked: Asked) -> Iterator[Row]:
         return
     for data in DATA:
         if asked.cases in data:
-            for dtype in (asked.dtype,) if asked.dtype else DTYPES:
+            for dtype in (asked.dtype,) if asked.dtype else QUICK if asked.quick else DTYPES:
                 yield from rows_of(data, dtype, n, count, asked.device, names)
 
 

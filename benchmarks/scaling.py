@@ -138,7 +138,8 @@ def _wasserstein_point(case: wasserstein.Case, asked: Asked) -> Point:
     exact = wasserstein.exact_double(*checked, ties=case.has_ties)
 
     def check(loss: Callable[..., Any], method: str, _: Any) -> tuple[str, bool]:
-        said = wasserstein.agreement(wasserstein.with_gradient(loss)(*checked), exact, method)
+        found = wasserstein.with_gradient(loss)(*checked)
+        said = wasserstein.agreement(found, exact, method, some)
         return said + (f" along {some} of them" if some < case.directions else ""), True
 
     ways = [
@@ -152,7 +153,7 @@ def _wasserstein_point(case: wasserstein.Case, asked: Asked) -> Point:
         if not one.variant and one.runs(case, asked.device)
     ]  # fmt: skip
     for name, loss in wasserstein.peers_of(case, asked):
-        if name in OF_A_SORT:
+        if name in (("torch",) if asked.quick else OF_A_SORT):
             call, needs = wasserstein.with_gradient(loss), OF_A_SORT[name] * case.pairs
             ways.append(Way(name, call, lambda _: ("the peer", True), Work(), False, needs))
     name = f"n = {case.n:,}, L = {case.directions:,}"
@@ -181,7 +182,7 @@ def _cross_point(case: cross.Case, asked: Asked) -> Point:
         off = cross.error(call(*given[0]), cross.exact(given[0], mask, False))
         return f"float64, off by {off:.1e}", off <= cross.bound(mask)
 
-    ours = [one for one in cross.ours(masks) if one[0] in ("ours, no mask", "ours, bits")]
+    ours = cross.ours(masks, quick=True)
     ways = [
         Way(
             name, cross.called(function, False), functools.partial(check, mask), work,
@@ -271,7 +272,8 @@ def _layer_point(
 ) -> Point:
     check = functools.partial(bench.checked, given=given[0], backward=False)
     work = asked.ceilings.copying(bench.moved(shape, dtype, asked.device, False))
-    functions = {"ours": ours, **_some(bench.peers(), asked)}
+    torch._dynamo.reset()  # after eight kinds of calls it would compile no more
+    functions = {"ours": ours, **asked.peers(bench.peers())}
     calls = {name: bench.called(one, False) for name, one in functions.items()}
     return _point(case, dtype, torch.Size(shape).numel(), given, calls, check, work)
 
@@ -281,17 +283,12 @@ def _combine_point(side: int, dtype: torch.dtype, asked: Asked) -> Point:
     sets = measure.sets_for(8 * 4 * side**2 * dtype.itemsize, asked.device)
     given = [combine.inputs(shape, dtype, asked.device, n) for n in range(sets)]
     plain = combine.plain({})
+    torch._dynamo.reset()
     peers = {"PyTorch": plain, "torch.compile": torch.compile(plain, dynamic=False)}
-    calls = {"ours": combine.ours({}), **_some(peers, asked)}
+    calls = {"ours": combine.ours({}), **asked.peers(peers)}
     check = functools.partial(combine.checked, options={}, given=given[0])
     work = asked.ceilings.copying(8 * 4 * side**2 * dtype.itemsize)
     return _point(f"pixels = {side**2:,}, 4 channels", dtype, side**2, given, calls, check, work)
-
-
-def _some(peers: dict[str, Any], asked: Asked) -> dict[str, Any]:
-    """Without what is compiled for each size, where it has to be quick."""
-    torch._dynamo.reset()  # after eight kinds of calls it would compile no more
-    return {name: one for name, one in peers.items() if not (asked.quick and "compile" in name)}
 
 
 def _point(

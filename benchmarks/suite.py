@@ -50,6 +50,10 @@ class Asked:
         """Whether models have the sizes of Stable Diffusion's, and not those of the embedded."""
         return self.on_gpu and not self.quick
 
+    def peers(self, all: dict[str, Any]) -> dict[str, Any]:
+        """Without those that have to be compiled for each case, where it has to be quick."""
+        return {name: one for name, one in all.items() if not (self.quick and "compile" in name)}
+
     def dtypes(self, own: torch.dtype, *others: torch.dtype) -> list[torch.dtype]:
         """The one to measure: a benchmark's own, or that which is asked for, if it has it."""
         if self.dtype is None:
