@@ -64,7 +64,7 @@ VALUE_TOLERANCE = {"exact": 1e-5, "binned": 1e-3}
 # With fewer directions than these, errors of their signs average out less.
 GRADIENT_TOLERANCE, AVERAGED = {"exact": 0.02, "binned": 0.1}, 32
 # Of inputs, at most: peers take dozens of launches for each; and outside of a graph many more.
-SETS, SLOW_SETS = 128, 8
+SETS, SLOW_SETS = 64, 8
 
 
 @dataclass(frozen=True)

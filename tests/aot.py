@@ -276,13 +276,13 @@ def record(ptx: bool, chip: str) -> list[Launch]:
         run_latents(torch.float16, 2, True)
         for last in (False, True):
             run_group_norm(torch.bfloat16, (1, 512, 192, 192), last, False)
-            run_group_norm(torch.bfloat16, (2, 1280, 32, 32), last, False)
+            run_group_norm(torch.bfloat16, (2, 1280, 8, 8), last, False)
         run_wide_attention(torch.bfloat16)
         run_geglu(torch.bfloat16, 2560, False)
         if chip == "sm_90":  # not tuned
             for last in (False, True):
                 run_group_norm(torch.float32, (2, 320, 128, 128), last, True)
-                run_group_norm(torch.float32, (2, 640, 32, 32), last, True)
+                run_group_norm(torch.float32, (2, 640, 16, 16), last, True)
             run_wide_attention(torch.float32)
             run_geglu(torch.float16, 5120, True)
             run_geglu(torch.float32, 5, False)

@@ -24,9 +24,10 @@ TILE, WARPS = 4096, 4
 # Programs on each multiprocessor, of the passes that leave sums, and of how many tiles one has been
 # asked for at a time: 60 µs where one at a time took 100, and four programs of one 61.
 PROGRAMS, AHEAD = 2, 3
-# Of a group that one program has to itself: values, of which two bytes each stay in the cache of a
-# multiprocessor till they are read again; its channels; values of a tile; and those of a warp.
-WHOLE, WIDEST, WHOLE_TILE, OF_A_WARP = 2**13, 1024, 2**12, 2**8
+# Of a group that one program has to itself: values, of which more take longer than in three
+# launches (16,384 some 9 µs of an H100, in place of 8); channels; and values of a tile, 8 a thread.
+# There are no more than two sizes of tiles, since each is compiled.
+WHOLE, WIDEST, WHOLE_TILES, OF_A_WARP = 2**13, 1024, (2**10, 2**12), 2**8
 
 
 @triton.jit
@@ -229,7 +230,7 @@ def _apply(
     tl.store(out + at, _activated(value, center, rest, scale[None, :], bias, SILU), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _whole(
     x, residual, shift, total, out, weight, bias, mean, rstd, eps, P, C, width,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -450,7 +451,7 @@ def _apply_backward(
     tl.store(out + at, found, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _whole_backward(
     grad, more, x, out, weight, bias, shift, mean, rstd, to_weight, to_bias, to_shift, P, C, width,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -517,9 +518,9 @@ def _whole_kinds(pixels: int, width: int) -> dict[str, int] | None:
     if pixels * width > WHOLE or width > WIDEST:
         return None
     wide = triton.next_power_of_2(width)
-    long = min(WHOLE_TILE // wide, triton.next_power_of_2(pixels))
-    warps = min(max(1, long * wide // OF_A_WARP), 16)
-    return {"PIXELS": long, "CHANNELS": wide, "AHEAD": AHEAD, "num_warps": warps}
+    tile = WHOLE_TILES[pixels * wide > WHOLE_TILES[0]]
+    long = tile // wide
+    return {"PIXELS": long, "CHANNELS": wide, "AHEAD": AHEAD, "num_warps": tile // OF_A_WARP}
 
 
 def _parts(x: Tensor, pixels: int, tile: tuple[int, int]) -> tuple[int, int]:

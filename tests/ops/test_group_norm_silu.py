@@ -171,7 +171,7 @@ SHAPES = [
     ((2, 8, 70), 4),
     ((4, 12), 3),
     ((1, 4, 83, 101), 1),
-    ((1, 80, 37, 31), 2),  # groups of several tiles, and not all of the last
+    ((1, 80, 11, 17), 2),  # groups of several tiles, and not all of the last
     ((1, 1026, 3), 1),  # more channels than a whole group may have
 ]
 
@@ -392,7 +392,7 @@ def test_under_autocast(platform: Platform) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("side", [70, 170], ids=["whole", "parts"])
+@pytest.mark.parametrize("side", [60, 170], ids=["whole", "parts"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 def test_nothing_waits_and_graphs_replay(last: bool, side: int) -> None:
     given = cast(some((2, 64, side, side - 4)), torch.bfloat16, "cuda", last)
