@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from benchmarks import measure
 
 KEY = ("op", "case", "implementation", "dtype", "timing", "device")
 DEVIATIONS, QUARTILE = 3.0, 0.674
+Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Change:
-    key: tuple[str, ...]
+    key: Key
     before: float  # milliseconds
     after: float
     noise: float  # one standard deviation of their difference
@@ -42,14 +43,14 @@ class Change:
         return "slower" if gap > 0 else "faster"
 
 
-def read(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
+def read(path: Path) -> dict[Key, tuple[float, float]]:
     """Median and spread of each row.
 
     Raises:
         ValueError: the file is no benchmark's, or has a row twice; it says which.
         OSError: it can't be read.
     """
-    found: dict[tuple[str, ...], tuple[float, float]] = {}
+    found: dict[Key, tuple[float, float]] = {}
     for row in measure.read(path):
         key = tuple(getattr(row, name) for name in KEY)
         if key in found:
@@ -73,9 +74,18 @@ def changes(before: Path, after: Path) -> tuple[list[Change], list[str]]:
     for key in common:
         (a, spread_a), (b, spread_b) = first[key], second[key]
         found.append(Change(key, a, b, (spread_a**2 + spread_b**2) ** 0.5 / QUARTILE))
-    alone = [f"only in {before}: {', '.join(key)}" for key in first if key not in second]
-    alone += [f"only in {after}: {', '.join(key)}" for key in second if key not in first]
-    return found, alone
+    return found, [*_alone(before, first, second), *_alone(after, second, first)]
+
+
+def _alone(path: Path, here: Collection[Key], there: Collection[Key]) -> Iterator[str]:
+    """Of each op the rows that the other file lacks: how many, and the first of them."""
+    ops: dict[str, list[Key]] = {}
+    for key in here:
+        if key not in there:
+            ops.setdefault(key[0], []).append(key)
+    for op, keys in ops.items():
+        more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+        yield f"only in {path}: {op}: {', '.join(keys[0][1:])}{more}"
 
 
 def print_changes(found: Sequence[Change], tolerance: float) -> None:

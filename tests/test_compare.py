@@ -32,6 +32,7 @@ def test_what_changed_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture
             "noisy": (1.0, 0.1),
             "near": (1, 0),
             "old": (1, 0),
+            "older": (1, 0),
         },
     )
     after = written(
@@ -48,7 +49,10 @@ def test_what_changed_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture
     verdicts = {one.key[1]: one.verdict(0.03) for one in found}
     assert verdicts == {"slow": "slower", "fast": "faster", "noisy": "same", "near": "same"}
     assert {one.key[1]: one.verdict(0.01) for one in found}["near"] == "slower"
-    assert [line.split(": ")[1].split(", ")[1] for line in alone] == ["old", "new"]
+    assert [line.removeprefix("only in ") for line in alone] == [
+        f"{before}: op: old, ours, bfloat16, graph, a GPU, and 1 more",
+        f"{after}: op: new, ours, bfloat16, graph, a GPU",
+    ]
     capsys.readouterr()
     assert compare.main([str(before), str(after)]) == 1
     lines = capsys.readouterr().out.splitlines()
