@@ -1,8 +1,8 @@
 """The benchmark suite.
 
 ``python -m benchmarks [--quick | --full] [--only PART ...] [--scaling] [--device cuda] [--dtype
-bfloat16] [--out FOLDER]``: all benchmarks, and rows put into FOLDER/benchmarks.csv, where a
-re-run takes the place of what it measures again.
+bfloat16] [--upstream PATH] [--out FOLDER]``: all benchmarks, and rows put into
+FOLDER/benchmarks.csv, where a re-run takes the place of what it measures again.
 ``python -m benchmarks compare BEFORE.csv AFTER.csv``: what became slower or faster.
 ``python -m benchmarks report``: the pages that tell of the committed results.
 """

@@ -78,8 +78,8 @@ def shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="instead of the benchmarks' own")
     sizes = parser.add_mutually_exclusive_group()
     for size, help in (
-        ("quick", "few small cases"),
-        ("default", "what is told in the README"),
+        ("quick", "few small cases, and no peer that has to be compiled"),
+        ("default", "what is told in the README, but for what takes long to compile"),
         ("full", "and what takes long"),
     ):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=help)
