@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks.__main__ as benchmarks
 import sdcore
+from sdcore import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -66,6 +69,18 @@ def test_a_method_of_your_own(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert names["calmer"].tobytes() != plain.tobytes()
     with sdcore.patch(pipe, names["Calm"](0.0)):
         assert picture().tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page: str) -> None:
+    text = (DOCS / page).read_text()
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    parsers = {"sdcore": cli._parser(), "python -m benchmarks": benchmarks.parser()}
+    for program, parser in parsers.items():
+        for line in re.findall(rf"^{program} (.*)$", shell, re.MULTILINE):
+            arguments = shlex.split(line, comments=True)
+            if arguments[0] not in ("compare", "report"):  # programs of their own
+                parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES)
