@@ -8,8 +8,8 @@ leave them, [B, N, H, D]. Peers: PyTorch's ``scaled_dot_product_attention`` as i
 cuDNN, without a mask and with one of the inputs' dtype or of bool; FlexAttention, compiled, with
 the same mask as a ``score_mod``; ``xformers`` where it is installed. Masks hold the same in each:
 tokens that a pixel may attend to, by regions. Ours: without a mask, as bits, as regions, as a
-learned gate of 128 features, which is computed in it, and added to the scores. With --quick ours are
-without a mask and as bits, and FlexAttention is left out.
+learned gate of 128 features, which is computed in it, and added to the scores. With --quick ours
+are without a mask and as bits, and FlexAttention is left out.
 
 Share of the ceiling: the time in which a copy moves q and the output (with gradients also q again,
 the gradient to the output and that to q), over the time taken.

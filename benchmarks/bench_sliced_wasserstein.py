@@ -12,8 +12,8 @@ Peers: ``torch`` is the vectorized sort with autograd, projections made contiguo
 compiled for each shape; ``POT`` is ot.sliced_wasserstein_distance on its PyTorch backend;
 ``published loop`` is the loss of SW-Guidance as published, one direction at a time, and its
 ``GPU part`` the same with indices that were drawn before, in a graph. All are given the same
-directions. Matrix products are those of float32: TF32 is off, as it is by default. With --quick only
-``torch`` and ``POT``.
+directions. Matrix products are those of float32: TF32 is off, as it is by default. With --quick
+these are ``torch`` and ``POT`` alone.
 
 Ours: as it is; ``binned, in [0, 1]`` with that range given, which colors have; and ``kept``
 against a palette that keeps its histograms or sorted projections for these directions.
