@@ -3,42 +3,60 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 namespace sdcore {
 
-// Calls task(i) for i in [0, count) on up to `threads` threads. Threads are started for the call
-// and joined before it returns: it costs some 20 microseconds a thread, and nothing of ours is
-// left running when a process forks or exits. The first exception is rethrown here.
+// What the threads of one call share. It outlives the call if one of them comes late.
+struct Shared {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> working{0};
+  std::mutex mutex;
+  std::condition_variable idle;
+  std::exception_ptr error;
+};
+
+// Takes tasks till there are none. `task` is alive as long as one is left: a thread that finds none
+// must not touch it, for the call may be over.
+template <typename Task>
+void take_tasks(Shared& shared, int64_t count, const Task& task) {
+  shared.working.fetch_add(1);
+  try {
+    for (int64_t i; (i = shared.next.fetch_add(1)) < count;) task(i);
+  } catch (...) {
+    shared.next.store(count);
+    const std::lock_guard<std::mutex> lock(shared.mutex);
+    if (!shared.error) shared.error = std::current_exception();
+  }
+  const std::lock_guard<std::mutex> lock(shared.mutex);
+  if (shared.working.fetch_sub(1) == 1) shared.idle.notify_all();
+}
+
+// Calls task(i) for i in [0, count) on up to `threads` threads. They are started for the call, some
+// 20 microseconds each. It waits for those that work, and not for one that has not begun: where
+// other threads, such as OpenMP's after PyTorch's last call, keep all cores busy, that may take
+// milliseconds. Such a thread finds nothing to do, and ends. The first exception is rethrown here.
 template <typename Task>
 void parallel_for(int64_t count, int threads, const Task& task) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  auto work = [&] {
-    try {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    } catch (...) {
-      next.store(count);
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
+  const auto shared = std::make_shared<Shared>();
   const auto workers = static_cast<int>(std::min<int64_t>(threads, count));
-  std::vector<std::thread> others;
   try {
-    for (int i = 1; i < workers; ++i) others.emplace_back(work);
+    for (int i = 1; i < workers; ++i) {
+      std::thread([shared, count, &task] { take_tasks(*shared, count, task); }).detach();
+    }
   } catch (const std::system_error&) {
     // No more threads to be had: those that there are do the work.
   }
-  work();
-  for (auto& other : others) other.join();
-  if (error) std::rethrow_exception(error);
+  take_tasks(*shared, count, task);
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->idle.wait(lock, [&] { return shared->working.load() == 0; });
+  if (shared->error) std::rethrow_exception(shared->error);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
