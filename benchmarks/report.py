@@ -169,8 +169,8 @@ class Results:
         return self.number(name, "milliseconds", **wanted)
 
     def _pairs(self, name: str, slower: str, faster: str) -> Iterator[tuple[str, float, float]]:
-        cases = {(row["case"], row["dtype"]): {} for row in self.rows(name)}
-        for row in self.rows(name):
+        cases = {(row["case"], row["dtype"]): {} for row in self._timed(name)}
+        for row in self._timed(name):
             cases[row["case"], row["dtype"]][row["implementation"]] = float(row["milliseconds"])
         for (case, _), times in cases.items():
             if slower in times and faster in times:
