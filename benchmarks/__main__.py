@@ -168,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="curves over sizes alone, which --quick and --full have, too",
     )
+    made.add_argument(
+        "--upstream", type=Path, help="for color_guidance: a checkout of alobashev/sw-guidance"
+    )
     made.add_argument("--out", type=Path, default=OUT, help="(%(default)s)")
     made.add_argument("--list", action="store_true", help="the benchmarks' names, and nothing else")
     return made

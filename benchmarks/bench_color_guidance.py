@@ -735,6 +735,7 @@ def rows(asked: Asked) -> Iterator[Row]:
 def main() -> None:
     parser = suite.parser_of(__doc__)
     parser.add_argument("--ways", default="", help="those whose name holds one of these")
+    parser.add_argument("--upstream", type=Path, help="a checkout of alobashev/sw-guidance")
     suite.main(rows, parser)
 
 

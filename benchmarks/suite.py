@@ -84,9 +84,6 @@ def shared_options(parser: argparse.ArgumentParser) -> None:
     ):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=help)
     parser.set_defaults(size="default")
-    parser.add_argument(
-        "--upstream", type=Path, help="of color_guidance: a checkout of alobashev/sw-guidance"
-    )
 
 
 def asked_by(given: argparse.Namespace) -> Asked:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import charts, measure, suite
+from benchmarks import bench_sliced_wasserstein, charts, measure, suite
 from benchmarks.measure import Row
 from benchmarks.suite import Asked
 
@@ -160,6 +160,33 @@ def test_a_wrong_result_of_ours(
     assert "WRONG: bad: bad, c: ours is wrong: off by 2" in out
     assert not [line for line in out.splitlines() if line.startswith("bad") and "×" in line]
     assert ops(tmp_path / "benchmarks.csv") == ["last", "last"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build",
+    ],
+)
+def test_the_drivers_version(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert measure.driver("cuda") == "535.104.05"
+    assert measure.driver("cpu") == ""
+
+
+def test_gradients_of_few_directions_may_be_further_off() -> None:
+    exact = torch.ones(()), torch.tensor([1.0, 0.0])
+
+    def said(off: float, directions: int) -> str:
+        found = torch.ones(()), torch.tensor([1.0, off])
+        return bench_sliced_wasserstein.agreement(found, exact, "binned", directions)
+
+    for off, directions in ((0.09, 100), (0.09, 32), (0.19, 8), (0.5, 1)):
+        said(off, directions)
+    for off, directions in ((0.11, 100), (0.11, 32), (0.21, 8), (0.6, 1)):
+        with pytest.raises(measure.WrongError, match=r"binned: .*gradient by"):
+            said(off, directions)
 
 
 def test_a_wrong_peer_is_told() -> None:

@@ -8,7 +8,6 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace sdcore {
@@ -50,8 +49,8 @@ void parallel_for(int64_t count, int threads, const Task& task) {
     for (int i = 1; i < workers; ++i) {
       std::thread([shared, count, &task] { take_tasks(*shared, count, task); }).detach();
     }
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do the work.
+  } catch (...) {
+    // No more threads to be had, or no memory for one: those that there are do the work.
   }
   take_tasks(*shared, count, task);
   std::unique_lock<std::mutex> lock(shared->mutex);
