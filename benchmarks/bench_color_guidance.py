@@ -224,8 +224,8 @@ def cases(device: str, full: bool, wanted: str, dtype: str) -> Iterator[Case]:
         small = functools.partial(embedded.load, device=device)
         width = models.TEXTS["xl"][1][0]
         kinds = {
-            "embedded xl, bfloat16": (lambda: small("xl", dtype=bf16), 128, width, 3, xl),
-            "embedded v1, float32": (lambda: small("v1", dtype=f32), 128, 0, 3, sd),
+            "embedded xl, 64², bfloat16": (lambda: small("xl", dtype=bf16), 64, width, 3, xl),
+            "embedded v1, 64², float32": (lambda: small("v1", dtype=f32), 64, 0, 3, sd),
         }
     for name, (pipe, *rest) in kinds.items():
         if wanted in name and name.endswith(dtype):

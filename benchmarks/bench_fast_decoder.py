@@ -6,12 +6,12 @@
 On a GPU the VAE and the UNet have the sizes of SDXL's, with random weights, in bfloat16: decoding
 for a picture of 1024 pixels; the same in float32, in which SDXL's pipelines decode; decoding with
 the gradient to the latents, of 768 pixels, with frozen weights; and a guided step of the UNet for
-1024. On a CPU, and with --quick, they are those of the embedded models, in float32. Each row twice:
-captured by hand in one CUDA graph, and wall-clock of whole calls ("end to end"), which for
-``FastDecoder`` are by its own graphs. Peers: the model as it is, and, but for --quick, in bfloat16
-``torch.compile`` of the decoder; with --full, which takes ten minutes more, for decoding also with
-``mode="max-autotune"``; that makes CUDA graphs itself, and for the row of one by hand it is
-compiled without.
+1024. On a CPU, and with --quick, they are those of the embedded models, on a CPU in float32. Each
+row twice: captured by hand in one CUDA graph, and wall-clock of whole calls ("end to end"), which
+for ``FastDecoder`` are by its own graphs. Peers: the model as it is, and, but for --quick, in
+bfloat16 ``torch.compile`` of the decoder; with --full, which takes ten minutes more, for decoding
+also with ``mode="max-autotune"``; that makes CUDA graphs itself, and for the row of one by hand it
+is compiled without.
 
 Each result is compared with that of the model in float32, without TF32 (of float32 in float64): off
 by at most twice what the model as it is is off by, plus epsilon. Share of the ceiling: that of a
@@ -94,9 +94,12 @@ def fast() -> dict[str, tuple[sdcore.Method, sdcore.Method]]:
     return {"FastNorms": (norms, norms), "FastDecoder": (by_hand, alone)}
 
 
-def cases(device: str, full: bool, wanted: str) -> Iterator[Case]:
+def dtype_of(asked: Asked) -> torch.dtype:
+    return torch.bfloat16 if asked.on_gpu else torch.float32
+
+
+def cases(device: str, full: bool, wanted: str, dtype: torch.dtype) -> Iterator[Case]:
     """``full``: of SDXL's size, and not the embedded models."""
-    dtype = torch.bfloat16 if full else torch.float32
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE) if full else models.autoencoder("xl")
     # New ones have no biases' worth; trained ones have.
@@ -104,7 +107,7 @@ def cases(device: str, full: bool, wanted: str) -> Iterator[Case]:
         if name.endswith("bias"):
             nn.init.normal_(weight, std=0.1)
     vae = vae.to(device, dtype).eval().requires_grad_(False)
-    sizes = (128, 96) if full else (8, 8)
+    sizes = (128, 96) if full else (16, 16)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     z = torch.randn(1, vae.config.latent_channels, sizes[0], sizes[0], device=device, dtype=dtype)
     small = z[:, :, : sizes[1], : sizes[1]].contiguous()
@@ -133,7 +136,7 @@ def unet_case(name: str, device: str, dtype: torch.dtype, full: bool) -> Case:
             unet = UNet2DConditionModel(**SDXL)
         torch.set_default_dtype(torch.float32)
     else:
-        unet = models.unet("xl").to(device)
+        unet = models.unet("xl").to(device, dtype)
     config = unet.config
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     given = {
@@ -275,9 +278,8 @@ def measured(case: Case, asked: Asked) -> list[Row]:
 
 
 def rows(asked: Asked) -> Iterator[Row]:
-    own = torch.bfloat16 if asked.full_models else torch.float32
-    if asked.has(own):
-        for case in cases(asked.device, asked.full_models, asked.cases):
+    if asked.has(dtype_of(asked)):
+        for case in cases(asked.device, asked.full_models, asked.cases, dtype_of(asked)):
             yield from measured(case, asked)
             if asked.quick:  # decoding alone
                 return

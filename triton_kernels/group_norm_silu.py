@@ -153,7 +153,7 @@ def _center(origin, off):
     return center, (origin - (center - back)) + (off - back)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "width"])
 def _finish(
     x, means, squares, shift, mean, rstd, table, eps, parts, length, P, C, width,
     LAST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
@@ -230,7 +230,7 @@ def _apply(
     tl.store(out + at, _activated(value, center, rest, scale[None, :], bias, SILU), inside)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["C", "width"])
 def _whole(
     x, residual, shift, total, out, weight, bias, mean, rstd, eps, P, C, width,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -350,7 +350,7 @@ def _added(sums, kind: tl.constexpr, b, channels, inside, parts, C, PARTS: tl.co
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "width"])
 def _finish_backward(
     sums, x, weight, shift, mean, rstd, table, to_weight, to_bias, to_shift, parts, P, C, width,
     LAST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
@@ -446,7 +446,7 @@ def _apply_backward(
     tl.store(out + at, found, inside)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["C", "width"])
 def _whole_backward(
     grad, more, x, out, weight, bias, shift, mean, rstd, to_weight, to_bias, to_shift, P, C, width,
     SILU: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -206,7 +206,7 @@ def edges_kernel(
     tl.store(at + 1, most, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_l", "blocks"])
 def range_kernel(
     points, directions, edges, n, count_l, blocks, sb, sn, sd,
     D: tl.constexpr, PROJECTED: tl.constexpr, DIRECTIONS: tl.constexpr, POINTS: tl.constexpr,
@@ -337,7 +337,7 @@ def _line(directions, edges, slot, number, counters, bins, D: tl.constexpr):
 
 # Without knowing that these strides are one, Triton gives each thread single elements, so that all
 # blocks have one layout: it would change layouts in shared memory, of which none is left.
-@triton.jit(do_not_specialize=["sn", "sw"])
+@triton.jit(do_not_specialize=["count_l", "chunks", "sn", "sw"])
 def shared_histogram_kernel(
     points, directions, weights, edges, histogram, poison, n, count_l, chunks, each,
     sb, sn, sd, sw, bins, times: tl.float64, plus: tl.float64, least: tl.float64, most: tl.float64,
@@ -622,7 +622,7 @@ def _await_copies(OPEN: tl.constexpr):
 
 
 # As in shared_histogram_kernel, one layout for all.
-@triton.jit(do_not_specialize=["sn", "on", "sw"])
+@triton.jit(do_not_specialize=["count_l", "blocks", "sn", "on", "sw"])
 def backward_kernel(
     grad, points, directions, weights, table, edges, out, n, count_l, blocks,
     sb, sn, sd, ob, on, od, sw, bins,

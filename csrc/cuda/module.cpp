@@ -229,9 +229,9 @@ void pull(const BucketedArgument& from, const DirectionsArgument& directions, in
 }
 
 void small(Address x, Address y, int64_t slots, int64_t count, int p, Address values,
-           Address slopes, const PlaceArgument& place) {
+           Address slopes, float unknown, const PlaceArgument& place) {
   sdcore::sliced_wasserstein_small({at<float>(x), at<float>(y), slots, count, p,
-                                    at<float>(values), at<float>(slopes)},
+                                    at<float>(values), at<float>(slopes), unknown},
                                    to_place(place));
 }
 

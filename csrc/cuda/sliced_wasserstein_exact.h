@@ -140,9 +140,9 @@ struct SmallArguments {
   int64_t slots, count;
   int p;
   float* values;  // [slots]
-  // [slots, count], of x per unit of weight, in the order of the points; 0 where the value is NaN.
-  // Null: not wanted.
+  // [slots, count], of x per unit of weight, in the order of the points. Null: not wanted.
   float* slopes;
+  float unknown;  // slope where the value is NaN
 };
 int64_t most_small_points(int device);
 void sliced_wasserstein_small(const SmallArguments& arguments, Place place);

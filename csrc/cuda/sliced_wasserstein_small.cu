@@ -1,5 +1,5 @@
-// Sorting sets that fit one block's shared memory: a launch where the general way takes some ten, and
-// no pass over memory. Of sets with as many points of equal weight, i meets i.
+// Sorting sets that fit one block's shared memory: a launch where the general way takes some ten,
+// and no pass over memory. Of sets with as many points of equal weight, i meets i.
 #include <cub/block/block_radix_rank.cuh>
 #include <cub/block/block_reduce.cuh>
 
@@ -12,8 +12,10 @@
 namespace sdcore {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kFewEach = 8, kMostEach = 32;  // points of a thread
+// A block's threads, and points of a thread: of few points few threads, so that a multiprocessor
+// has several blocks, and the digits' counters, of which each warp has its own, are fewer.
+constexpr int kFewThreads = 128, kThreads = 512;
+constexpr int kEach = 8, kMostEach = 32;
 // Of a projection in fixed point, and of a digit: three passes.
 constexpr int kBits = 27, kDigit = 9;
 
@@ -22,12 +24,12 @@ struct Digits {
   __device__ uint32_t Digit(uint32_t key) const { return key >> shift & ((1u << kDigit) - 1); }
 };
 
-template <int Each>
+template <int Threads, int Each>
 struct Sorters {
   // Ranks by votes of a warp: equal digits keep their order.
-  using Rank = cub::BlockRadixRankMatchEarlyCounts<kThreads, kDigit, false>;
-  using Reduce = cub::BlockReduce<double, kThreads>;
-  static constexpr int size = kThreads * Each;
+  using Rank = cub::BlockRadixRankMatchEarlyCounts<Threads, kDigit, false>;
+  using Reduce = cub::BlockReduce<double, Threads>;
+  static constexpr int size = Threads * Each;
   union Scratch {
     typename Rank::TempStorage rank;
     typename Reduce::TempStorage reduce;
@@ -46,15 +48,16 @@ __device__ __forceinline__ int place_of(int k) {
 
 // Sorts the block's keys to `out`, and the places that they come from to `number`, by way of
 // `spare`; null: not wanted.
-template <int Each>
+template <int Threads, int Each>
 __device__ void sort_block(uint32_t (&keys)[Each], uint32_t* out, uint16_t* number,
-                           uint16_t* spare, typename Sorters<Each>::Rank::TempStorage& scratch) {
+                           uint16_t* spare,
+                           typename Sorters<Threads, Each>::Rank::TempStorage& scratch) {
   static_assert(kBits / kDigit % 2 == 1, "the last of the passes writes to `number`");
   uint16_t *from = spare, *to = number;
 #pragma unroll 1
   for (int shift = 0; shift < kBits; shift += kDigit) {
     int rank[Each];
-    typename Sorters<Each>::Rank(scratch).RankKeys(keys, rank, Digits{shift});
+    typename Sorters<Threads, Each>::Rank(scratch).RankKeys(keys, rank, Digits{shift});
     // Its barriers are behind all reads of the pass before.
 #pragma unroll
     for (int k = 0; k < Each; ++k) out[rank[k]] = keys[k];
@@ -73,10 +76,10 @@ __device__ void sort_block(uint32_t (&keys)[Each], uint32_t* out, uint16_t* numb
   }
 }
 
-// The derivative to the points `from` to `to` - 1 of x, which tie and so move as one, in units of the
-// grid.
-template <int Each>
-__device__ float slope_of_ties(const Sorters<Each>& sorted, uint32_t from, uint32_t to, int p) {
+// The derivative to the points `from` to `to` - 1 of x, which tie and so move as one, in units of
+// the grid.
+template <typename Sorted>
+__device__ float slope_of_ties(const Sorted& sorted, uint32_t from, uint32_t to, int p) {
   const uint32_t v = sorted.x[from];
   if (p == 1) {
     const uint32_t equal = first_where(from, to, [&](uint32_t k) { return sorted.y[k] >= v; });
@@ -85,13 +88,15 @@ __device__ float slope_of_ties(const Sorters<Each>& sorted, uint32_t from, uint3
     return static_cast<float>(sum) / static_cast<float>(to - from);
   }
   int64_t sum = 0;
+  // All of a set may tie, and then a single thread reads it: not one word after the other.
+#pragma unroll 16
   for (uint32_t k = from; k < to; ++k) sum += static_cast<int>(v - sorted.y[k]);
   return static_cast<float>(2 * static_cast<double>(sum) / (to - from));
 }
 
-template <int Each>
-__global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments work) {
-  using Sorted = Sorters<Each>;
+template <int Threads, int Each>
+__global__ void __launch_bounds__(Threads) small_kernel(const SmallArguments work) {
+  using Sorted = Sorters<Threads, Each>;
   extern __shared__ __align__(16) unsigned char dynamic[];
   Sorted& sorted = *reinterpret_cast<Sorted*>(dynamic);
   __shared__ uint32_t largest;  // magnitude, as bits; more than those of infinity: NaN
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
   __syncthreads();
   uint32_t most = 0;
 #pragma unroll 8
-  for (int i = thread; i < n; i += kThreads) {
+  for (int i = thread; i < n; i += Threads) {
     most = max(most, max(__float_as_uint(fabsf(x[i])), __float_as_uint(fabsf(y[i]))));
   }
   most = __reduce_max_sync(0xffffffffu, most);
@@ -126,16 +131,16 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
   };
   load(x);
   // y is not there yet: its place is free.
-  sort_block<Each>(keys, sorted.x, sorted.number, reinterpret_cast<uint16_t*>(sorted.y),
-                   sorted.scratch.rank);
+  sort_block<Threads>(keys, sorted.x, sorted.number, reinterpret_cast<uint16_t*>(sorted.y),
+                      sorted.scratch.rank);
   load(y);
-  sort_block<Each>(keys, sorted.y, nullptr, nullptr, sorted.scratch.rank);
+  sort_block<Threads>(keys, sorted.y, nullptr, nullptr, sorted.scratch.rank);
 
   double cost = 0;
   float* slopes = sorted.scratch.slopes;
 #pragma unroll 4
   for (int k = 0; k < Each; ++k) {
-    const int i = k * kThreads + thread;
+    const int i = k * Threads + thread;
     if (i >= n) break;
     const uint32_t v = sorted.x[i];
     const int gap = static_cast<int>(v - sorted.y[i]);
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
     float slope[Each];
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
-      const int i = k * kThreads + thread;
+      const int i = k * Threads + thread;
       if (i >= n) break;
       const uint32_t v = sorted.x[i];
       int first = i;
@@ -167,13 +172,13 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
-      const int i = k * kThreads + thread;
+      const int i = k * Threads + thread;
       if (i < n) slopes[sorted.number[i]] = slope[k];
     }
     __syncthreads();
     float* out = work.slopes + blockIdx.x * work.count;
     const float unit = work.p == 1 ? 1.0f : static_cast<float>(ldexp(1.0, exponent));
-    for (int i = thread; i < n; i += kThreads) out[i] = poisoned ? 0.0f : slopes[i] * unit;
+    for (int i = thread; i < n; i += Threads) out[i] = poisoned ? work.unknown : slopes[i] * unit;
     __syncthreads();
   }
   const double sum = typename Sorted::Reduce(sorted.scratch.reduce).Sum(cost);
@@ -183,11 +188,11 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const SmallArguments
   }
 }
 
-template <int Each>
+template <int Threads, int Each>
 void launch_for(const SmallArguments& a, Place place) {
-  constexpr int64_t bytes = sizeof(Sorters<Each>);
-  allow_shared_memory(small_kernel<Each>, bytes);
-  small_kernel<Each><<<grid(a.slots), kThreads, bytes, stream_of(place)>>>(a);
+  constexpr int64_t bytes = sizeof(Sorters<Threads, Each>);
+  allow_shared_memory(small_kernel<Threads, Each>, bytes);
+  small_kernel<Threads, Each><<<grid(a.slots), Threads, bytes, stream_of(place)>>>(a);
   check(cudaGetLastError(), "the launch of small_kernel");
 }
 
@@ -195,16 +200,19 @@ void launch_for(const SmallArguments& a, Place place) {
 
 int64_t most_small_points(int device) {
   const int room = chip(device).shared_per_block - 1024;
-  if (room >= static_cast<int>(sizeof(Sorters<kMostEach>))) return kThreads * kMostEach;
-  return room >= static_cast<int>(sizeof(Sorters<kFewEach>)) ? kThreads * kFewEach : 0;
+  if (room >= static_cast<int>(sizeof(Sorters<kThreads, kMostEach>))) return kThreads * kMostEach;
+  if (room >= static_cast<int>(sizeof(Sorters<kThreads, kEach>))) return kThreads * kEach;
+  return room >= static_cast<int>(sizeof(Sorters<kFewThreads, kEach>)) ? kFewThreads * kEach : 0;
 }
 
 void sliced_wasserstein_small(const SmallArguments& a, Place place) {
   const DeviceGuard guard(place.device);
-  if (a.count <= kThreads * kFewEach) {
-    launch_for<kFewEach>(a, place);
+  if (a.count <= kFewThreads * kEach) {
+    launch_for<kFewThreads, kEach>(a, place);
+  } else if (a.count <= kThreads * kEach) {
+    launch_for<kThreads, kEach>(a, place);
   } else {
-    launch_for<kMostEach>(a, place);
+    launch_for<kThreads, kMostEach>(a, place);
   }
 }
 

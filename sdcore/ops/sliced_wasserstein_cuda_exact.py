@@ -8,6 +8,7 @@ of more than four coordinates, it changes no result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -133,49 +134,29 @@ def exact(
         for side, needed in zip((x, y), need, strict=True)
     ]
     if batch:
-        solve = _solve_few if d <= MOST_COORDINATES else _solve_many
-        solve(_Call(x, y, directions, p, grad, scale, need, values, gradients))
+        call = _Call(x, y, directions, p, grad, scale, need, values, gradients)
+        if _is_small(call):
+            _solve_small(call)
+        elif d <= MOST_COORDINATES:
+            _solve_few(call)
+        else:
+            _solve_many(call)
     return values, gradients[0], gradients[1]
 
 
 def _solve_few(call: _Call) -> None:
     problem = _Problem(call.x, call.y, call.directions, call.p, call.need)
+    can_pull_buckets = backends.cuda_module().sliced_wasserstein_can_pull_buckets
     for pass_ in problem.passes():
         for side, slopes in enumerate(problem.run(pass_, call.values)):
-            if slopes is None:
-                continue
-            module = backends.cuda_module()
-            out, weights = call.gradients[side], (call.x, call.y)[side].weights
-            if not module.sliced_wasserstein_can_pull_buckets(slopes.bits):
-                slopes = slopes.in_order()
-            module.sliced_wasserstein_pull(
-                slopes.described(),
-                (call.directions.data_ptr(), len(call.directions)),
-                out.shape[-1],
-                pass_,
-                address(call.grad),
-                call.scale,
-                address(weights),
-                out.data_ptr(),
-                out.dtype == torch.float64,
-                place(out),
-            )
+            if slopes is not None:
+                slopes = slopes if can_pull_buckets(slopes.bits) else slopes.in_order()
+                _pull_few(call, side, slopes.described(), pass_)
 
 
 def _solve_many(call: _Call) -> None:
     """Points of many coordinates: matrix products project them, and pull slopes back. In between,
     each slot of a pass is a batch element with points on a line."""
-    if _is_small(call):
-        _solve_small(call)
-    else:
-        _solve_lines(call)
-    for side, gradient in zip((call.x, call.y), call.gradients, strict=True):
-        if gradient.numel() and side.weights is not None:
-            gradient *= side.weights[..., None]
-
-
-def _solve_lines(call: _Call) -> None:
-    """Values, and the gradients but for the weights."""
     batch, count = call.values.shape
     one = call.directions.new_ones(1, 1)
     most = max(_count(call.x), _count(call.y))
@@ -187,6 +168,9 @@ def _solve_lines(call: _Call) -> None:
             if slopes is not None:
                 mass = 1.0 if lines[side].weights is not None else 1 / _count(lines[side])
                 _pull_many(call, side, slopes.in_order(finite=True).slopes, first, mass)
+    for side, gradient in zip((call.x, call.y), call.gradients, strict=True):
+        if gradient.numel() and side.weights is not None:
+            gradient *= side.weights[..., None]
 
 
 def _lines(side: Points | Kept, directions: Tensor, first: int, slots: int) -> Points | Kept:
@@ -203,7 +187,8 @@ def _lines(side: Points | Kept, directions: Tensor, first: int, slots: int) -> P
 def _is_small(call: _Call) -> bool:
     """Whether one block of threads solves a slot: csrc/cuda/sliced_wasserstein_small.cu."""
     x, y = call.x, call.y
-    if isinstance(y, Kept) or x.weights is not None or y.weights is not None or call.need[1]:
+    weighted = y.levels.numel() > 0 if isinstance(y, Kept) else y.weights is not None
+    if weighted or x.weights is not None:
         return False
     device = call.directions.device.index
     most = backends.cuda_module().sliced_wasserstein_most_small_points(device)
@@ -211,23 +196,57 @@ def _is_small(call: _Call) -> bool:
 
 
 def _solve_small(call: _Call) -> None:
-    n = _count(call.x)
+    """Values, and then the slopes of one side after the other: with as many points of equal weight
+    neither is different from the other."""
+    n, count = _count(call.x), len(call.directions)
+    few = call.x.points.shape[-1] <= MOST_COORDINATES
     for first, slots in _passes(call.values.numel(), max(1, KEYS_OF_A_PASS // n)):
-        rows = [_rows(side.points, call.directions, first, slots) for side in (call.x, call.y)]
-        slopes = torch.empty_like(rows[0]) if call.need[0] else None
+        rows = [_row_of_each(side, call, first, slots) for side in (call.x, call.y)]
         found = call.values.view(-1)[first : first + slots]
-        backends.cuda_module().sliced_wasserstein_small(
-            rows[0].data_ptr(),
-            rows[1].data_ptr(),
-            slots,
-            n,
-            call.p,
-            found.data_ptr(),
-            address(slopes),
-            place(found),
-        )
-        if slopes is not None:
-            _pull_many(call, 0, slopes, first, 1 / n)
+        for side in [side for side in (0, 1) if call.need[side]] or [0]:
+            slopes = torch.empty_like(rows[0]) if call.need[side] else None
+            backends.cuda_module().sliced_wasserstein_small(
+                rows[side].data_ptr(),
+                rows[1 - side].data_ptr(),
+                slots,
+                n,
+                call.p,
+                found.data_ptr(),
+                address(slopes),
+                math.nan if few else 0.0,
+                place(found),
+            )
+            if slopes is not None and few:
+                _pull_few(call, side, (slopes.data_ptr(), 0, 0, n), (first, slots, count))
+            elif slopes is not None:
+                _pull_many(call, side, slopes, first, 1 / n)
+
+
+def _row_of_each(side: Points | Kept, call: _Call, first: int, slots: int) -> Tensor:
+    """Projections [slots, n] of a pass's slots, of a kept set in order."""
+    if isinstance(side, Points):
+        return _rows(side.points, call.directions, first, slots)
+    rows = side.values.expand(len(call.values), -1, -1).flatten(0, 1)
+    return rows[first : first + slots]
+
+
+def _pull_few(
+    call: _Call, side: int, slopes: tuple[int, int, int, int], pass_: tuple[int, int, int]
+) -> None:
+    """From slopes of a pass, as ``Slopes.described`` has them, to the gradient [B, n, d]."""
+    out = call.gradients[side]
+    backends.cuda_module().sliced_wasserstein_pull(
+        slopes,
+        (call.directions.data_ptr(), len(call.directions)),
+        out.shape[-1],
+        pass_,
+        address(call.grad),
+        call.scale,
+        address((call.x, call.y)[side].weights),
+        out.data_ptr(),
+        out.dtype == torch.float64,
+        place(out),
+    )
 
 
 def _pull_many(call: _Call, side: int, slopes: Tensor, first: int, mass: float) -> None:

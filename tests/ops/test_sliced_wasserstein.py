@@ -770,7 +770,8 @@ def test_sorted_with_weights_that_are_none(platform: Platform) -> None:
 def test_exact_with_one_slot_to_a_pass(platform: Platform, p: int) -> None:
     """As many points leave it: then a key is a projection alone, and differences must fit."""
     x = torch.rand(2, 3000, 3, device="cuda") * 2e-3 + 1
-    y, directions = -x.flip(1) - 0.75, torch.eye(3, device="cuda")  # which 25 bits hold
+    # What 25 bits hold; and not as many, which one block would sort.
+    y, directions = -x[:, 1:].flip(1) - 0.75, torch.eye(3, device="cuda")
     module = sys.modules["sdcore.ops.sliced_wasserstein_cuda_exact"]
     results = []
     for keys in (module.KEYS_OF_A_PASS, 3000):
@@ -825,32 +826,45 @@ def test_opcheck_of_what_was_sorted(weighted: bool, p: int) -> None:
 @pytest.mark.parametrize("platform", platforms("cuda"))
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("kind", ["random", "ties", "constant", "outlier", "nan", "nan among ties"])
-@pytest.mark.parametrize("n", [1, 500, 513, 4096, 4097, 16384, 16385])
-def test_exact_of_sets_that_fit_a_block(platform: Platform, n: int, kind: str, p: int) -> None:
-    """Many coordinates, as many points on both sides: a kernel of its own, up to a size."""
-    x, y = torch.randn(2, n, 6), torch.randn(2, n, 6) * 1.5 + 0.3
-    directions = torch.randn(5, 6)
+@pytest.mark.parametrize("d", [3, 6])
+@pytest.mark.parametrize("n", [1, 513, 1024, 1025, 4096, 4097, 16384, 16385])
+def test_exact_of_sets_that_fit_a_block(
+    platform: Platform, n: int, d: int, kind: str, p: int
+) -> None:
+    """As many points on both sides: a kernel of its own, up to a size; and what was sorted before
+    is as if it were not."""
+    x, y = torch.randn(2, n, d), torch.randn(2, n, d) * 1.5 + 0.3
+    directions = torch.randn(5, d)
     if "ties" in kind:
-        x, y = dyadic_points(2, n, 6).float(), dyadic_points(2, n, 6).float() * 0.5
-        directions = torch.randint(-4, 5, (5, 6)) / 4
+        x, y = dyadic_points(2, n, d).float(), dyadic_points(2, n, d).float() * 0.5
+        directions = torch.randint(-4, 5, (5, d)) / 4
     if kind == "constant":
         x[:] = 0.25
     if kind == "outlier":  # all but one of x within a hundredth of the range
         x *= 1e-2
         x[1, n - 1] = 10.0
     if "nan" in kind:
-        x[1, n // 2, 3] = x[1, n - 1, 2] = math.nan
+        x[1, n // 2, d - 1] = x[1, n - 1, 2] = math.nan
     cotangent = torch.rand(2, 5)
 
-    def both(device: str, dtype: torch.dtype) -> list[Tensor]:
-        points = x.to(device, dtype).requires_grad_()
-        value = per_direction(points, y.to(points), directions=directions.to(points), p=p)
-        gradient = torch.autograd.grad((value * cotangent.to(points)).sum(), points)[0]
-        return [t.detach().cpu().double() for t in (value, gradient)]
+    def of_all(device: str, dtype: torch.dtype) -> list[Tensor]:
+        points = [t.to(device, dtype) for t in (x, y, cotangent)]
+        return value_and_gradient(per_direction, *points, directions=directions.to(points[0]), p=p)
 
     with platform.forced():
-        found = both(platform.device, torch.float32)
-    for ours, exact in zip(found, both("cpu", torch.float64), strict=True):
+        found = of_all(platform.device, torch.float32)
+        on_gpu = [t.to(platform.device) for t in (x, y, directions)]
+        kept = torch.ops.sdcore.sliced_wasserstein_sort(*on_gpu[1:], None)
+        points = on_gpu[0].requires_grad_()
+        values, _ = torch.ops.sdcore.sliced_wasserstein_exact_to(
+            points, *kept, on_gpu[2], None, p, None, True
+        )
+        gradient = torch.autograd.grad((values * cotangent.to(values)).sum(), points)[0]
+    for one, other in ((values, found[0]), (gradient, found[1])):
+        torch.testing.assert_close(
+            one.detach().cpu().double(), other, rtol=1e-6, atol=1e-9, equal_nan=True
+        )
+    for ours, exact in zip(found, of_all("cpu", torch.float64), strict=True):
         if "nan" in kind:
             assert ours[1].isnan().all()
             ours, exact = ours[:1], exact[:1]
