@@ -499,7 +499,7 @@ def called(case: Case, steps: int) -> Tensor:
 
 
 def end_to_end(case: Case, preset: str) -> tuple[tuple[float, float], str]:
-    """Milliseconds of an image, half the range of several; and how the last one's are split."""
+    """Milliseconds of an image, and their spread; and how the last one's are split."""
     # "fast" has its own; where there are fewer than published, half of them.
     own = None if case.inner_steps >= 8 else case.inner_steps // 2
     options = case.ours | ({"inner_steps": own} if preset == "fast" else {})
@@ -512,7 +512,7 @@ def end_to_end(case: Case, preset: str) -> tuple[tuple[float, float], str]:
     told = method.report()
     assert told is not None
     split = ", ".join(f"{name} {1e3 * taken:.0f}" for name, taken in told["seconds"].items())
-    return (statistics.median(taken), (max(taken) - min(taken)) / 2), f"{split} ms"
+    return measure.of_samples(taken), f"{split} ms"
 
 
 def alone(case: Case) -> dict[str, tuple[float, float, str]]:

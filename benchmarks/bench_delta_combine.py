@@ -14,7 +14,6 @@ predictions twice where guidance is rescaled.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,8 +96,10 @@ def added(target: Tensor, source: Tensor, *_: Any) -> Tensor:
     return target[:half] + source[:half]
 
 
-def from_python(call: Callable[..., Any], given: list[tuple[Any, ...]], device: str) -> float:
-    """Median wall-clock milliseconds of calls, each waited for alone."""
+def from_python(
+    call: Callable[..., Any], given: list[tuple[Any, ...]], device: str
+) -> tuple[float, float]:
+    """Wall-clock milliseconds of calls, each waited for alone: median and spread."""
     taken = []
     for number in range(CALLS + 20):
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def from_python(call: Callable[..., Any], given: list[tuple[Any, ...]], device: 
         if device == "cuda":
             torch.cuda.synchronize()
         taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(taken[20:])
+    return measure.of_samples(taken[20:])
 
 
 def rows_of(
@@ -169,7 +170,7 @@ def timed(
     if how == "graph":
         taken = measure.milliseconds(call, given, asked.device)
     else:
-        taken = from_python(call, given, asked.device), 0.0, how
+        taken = *from_python(call, given, asked.device), how
     row = Row(
         "delta_combine", f"{case}, {name}, {how}", who, measure.dtype_name(sample.dtype), *taken,
         check, passed=passed,

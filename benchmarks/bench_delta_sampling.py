@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +66,7 @@ SCALES = {"sd": 0.18215, "xl": 0.13025}
 STRENGTHS = {None: (0.5, 1.0, 1.5, 2.0), 1: (1.0, 2.0)}
 RANK = 16
 PUBLISHED = "three calls, as published"
+TOGETHER = "the three models in one graph"  # on a GPU
 SHOWN = 5  # prompts, on a sheet
 
 
@@ -248,9 +248,7 @@ def step_of(
             if device == "cuda":
                 torch.cuda.synchronize()
             taken += [between(a, b) / 2 for a, b in zip(marks[1:], marks[3:], strict=False)]
-    taken.sort()
-    quarter = len(taken) // 4
-    return statistics.median(taken), (taken[-1 - quarter] - taken[quarter]) / 2
+    return measure.of_samples(taken)
 
 
 def measure_now(device: str) -> Any:
@@ -270,7 +268,7 @@ class Alone(sdcore.DeltaSampling):
     three in one, as DeltaSampling has them."""
 
     def denoise(self, call: Call, proceed: Callable[[Call], Tensor]) -> Tensor:
-        if not hasattr(self, "milliseconds"):
+        if not hasattr(self, "times"):
             own = self._on[call.run.pipe]
             legs = three_calls(own, what_is_asked(self, call))[1]
             asked = what_is_asked(self, call)
@@ -290,8 +288,8 @@ class Alone(sdcore.DeltaSampling):
                 ),
             ]
             where = str(call.sample.device.type)
-            self.milliseconds = [
-                measure.milliseconds(one, [()] * 3, where, graph=where == "cuda")[0]
+            self.times = [
+                measure.milliseconds(one, [()] * 3, where, graph=where == "cuda")[:2]
                 for one in calls
             ]
         return proceed(call)
@@ -322,13 +320,16 @@ def cost(case: Case, asked: Asked) -> list[Row]:
     if asked.quick:
         ways = {name: ways[name] for name in ("plain target", PUBLISHED, "DeltaSampling")}
     taken = {name: step_of(case, method, device, turns, steps) for name, method in ways.items()}
-    *each, together = alone.milliseconds
-    total = sum(each)
-    parts = " + ".join(f"{one:.2f}" for one in each)
-    taken["the three models in one graph"] = together, 0.0
+    *each, together = alone.times
+    total = sum(one[0] for one in each)
+    sums = {}
+    if asked.on_gpu:
+        taken[TOGETHER] = together
+        parts = " + ".join(f"{one[0]:.2f}" for one in each)
+        sums = {f"the sum of graphs, {parts} ms": total}
     checks = {
         "DeltaSampling": f"off by {compared[True].off:.1e}",
-        "the three models in one graph": f"off by {compared[True].off:.1e}",
+        TOGETHER: f"off by {compared[True].off:.1e}",
         "DeltaSampling, without graphs": f"off by {compared[False].off:.1e}",
         "plain target": f"differs by {compared[False].moved:.1e}",
         PUBLISHED: "the reference",
@@ -339,14 +340,16 @@ def cost(case: Case, asked: Asked) -> list[Row]:
             Row(
                 "delta_sampling", f"a step, {case.name}", name,
                 str(case.target.unet.dtype).removeprefix("torch."), milliseconds, spread,
-                "graph" if "one graph" in name else "end to end",
+                "graph" if name == TOGETHER else "end to end",
                 checks.get(name, "another result"),
                 passed=True if checks.get(name, "").startswith("off by") else None,
                 ratios={
-                    PUBLISHED: taken[PUBLISHED][0]
-                    / milliseconds,
-                    f"the sum of graphs, {parts} ms": total / milliseconds,
-                    "plain target": taken["plain target"][0] / milliseconds,
+                    other: time / milliseconds
+                    for other, time in (
+                        (PUBLISHED, taken[PUBLISHED][0]),
+                        *sums.items(),
+                        ("plain target", taken["plain target"][0]),
+                    )
                 },
             )
         )  # fmt: skip
@@ -437,7 +440,7 @@ def main() -> None:
     lines, shown = quality(given.count, given.device)
     measure.print_lines(list(lines[0]), [list(map(str, line.values())) for line in lines])
     if given.csv:
-        measure.write_csv(list(lines[0]), lines, given.csv)
+        measure.save_csv(lines, given.csv)
     if given.sheets:
         given.sheets.mkdir(parents=True, exist_ok=True)
         for own, pictures in shown.items():

@@ -222,9 +222,13 @@ def with_palettes(inputs: list[Any], method: str) -> list[Any]:
 
 
 def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """And the gradient of the sum over points: that of their mean float16 can't represent."""
+
     def both(x: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         value = loss(x, y, directions)
-        return value, torch.autograd.grad(value, x)[0]
+        # A peer's value may be of float16 itself.
+        count = min(len(x), torch.finfo(value.dtype).max)
+        return value, torch.autograd.grad(value, x, torch.full_like(value, count))[0]
 
     return both
 
@@ -232,8 +236,9 @@ def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Te
 def agreement(
     found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], method: str, directions: int
 ) -> str:
-    """Relative errors of value and gradient; raises if they are not what the method promises."""
-    value, gradient = (t.double() for t in found)
+    """Relative errors of value and gradient; raises if they are not what the method promises.
+    ``found`` is :func:`with_gradient`'s, ``expected`` has the gradient of the mean."""
+    value, gradient = found[0].double(), found[1].double() / len(found[1])
     value_error = ((value - expected[0]).abs() / expected[0]).item()
     gradient_error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
     fewer = max(1.0, AVERAGED / directions) ** 0.5

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,7 +348,7 @@ def finish(rows: list[Row], device: str, path: Path | None) -> None:
     print(f"\n{rows[0].device}; {rows[0].versions}; {rows[0].commit}\n")
     print_table(rows)
     if path is not None:
-        measure.write_csv([f.name for f in fields(Row)], [asdict(row) for row in rows], path)
+        measure.save_csv([asdict(row) for row in rows], path)
     if broken := sum(row.is_broken for row in rows):
         raise SystemExit(f"{broken} of {len(rows)} rows break their bound")
     print(f"\nall {len(rows)} rows keep their bounds")

@@ -91,7 +91,9 @@ def checked(call: Callable[..., list[Tensor]], given: tuple[Tensor, ...]) -> tup
     pairs = [
         (a[:, rows] if i < 2 else a, b) for i, (a, b) in enumerate(zip(found, exact, strict=True))
     ]
-    off = max(float((a.double() - b).norm() / b.norm()) for a, b in (pairs if whole else pairs[:2]))
+    off = measure.worst(
+        float((a.double() - b).norm() / b.norm()) for a, b in (pairs if whole else pairs[:2])
+    )
     return f"float64, off by {off:.1e}{memory}", off < TOLERANCE[given[0].dtype]
 
 

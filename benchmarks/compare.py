@@ -5,8 +5,9 @@
 Rows of one op, case, implementation, dtype, way of timing and device are set beside each other. A
 time has changed where the two medians are apart by more than three standard deviations of both
 together, taken from their spreads (half the range of the middle half, 0.674 deviations of a normal
-distribution), and by more than the tolerance: a machine is not the same from day to day. Ends with
-1 if anything became slower.
+distribution), and by more than the tolerance: a machine is not the same from day to day. A time
+that was taken once has no spread, and is allowed a standard deviation of a tenth. Ends with 1 if
+anything became slower.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from benchmarks import measure
 
 KEY = ("op", "case", "implementation", "dtype", "timing", "device")
-DEVIATIONS, QUARTILE = 3.0, 0.674
+DEVIATIONS, QUARTILE, UNKNOWN = 3.0, 0.674, 0.1
 Key = tuple[str, ...]
 
 
@@ -72,9 +73,13 @@ def changes(before: Path, after: Path) -> tuple[list[Change], list[str]]:
         raise ValueError(f"{before} and {after} have no row in common: {', '.join(KEY)} differ")
     found = []
     for key in common:
-        (a, spread_a), (b, spread_b) = first[key], second[key]
-        found.append(Change(key, a, b, (spread_a**2 + spread_b**2) ** 0.5 / QUARTILE))
+        noise = math.hypot(_deviation(*first[key]), _deviation(*second[key]))
+        found.append(Change(key, first[key][0], second[key][0], noise))
     return found, [*_alone(before, first, second), *_alone(after, second, first)]
+
+
+def _deviation(milliseconds: float, spread: float) -> float:
+    return UNKNOWN * milliseconds if math.isnan(spread) else spread / QUARTILE
 
 
 def _alone(path: Path, here: Collection[Key], there: Collection[Key]) -> Iterator[str]:

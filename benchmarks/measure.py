@@ -110,7 +110,7 @@ def measured(
     name: str,
     call: Callable[..., Any],
     given: Sequence[tuple[Any, ...]],
-    check: Callable[[Callable[..., Any]], tuple[str, bool]],
+    check: Callable[[Callable[..., Any]], tuple[str, bool | None]],
     work: Work,
     is_ours: bool,
     repeats: int = 7,
@@ -175,10 +175,21 @@ def milliseconds(
         samples, how = _on_gpu(function, inputs, repeats, graph)
     else:
         samples, how = _on_cpu(function, inputs, repeats), "wall clock"
-    samples.sort()
-    quarter = len(samples) // 4
-    spread = (samples[-1 - quarter] - samples[quarter]) / 2
-    return statistics.median(samples), spread, how
+    return *of_samples(samples), how
+
+
+def of_samples(samples: Iterable[float]) -> tuple[float, float]:
+    """Median, and half the range of the middle half; of a single one that is NaN, unknown."""
+    found = sorted(samples)
+    quarter = len(found) // 4
+    spread = (found[-1 - quarter] - found[quarter]) / 2 if len(found) > 1 else math.nan
+    return statistics.median(found), spread
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if one is, which ``max`` may pass over."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def _on_cpu(
@@ -300,6 +311,20 @@ def _line(row: Row) -> dict[str, Any]:
         for name, value in (("milliseconds", row.milliseconds), ("spread", row.spread))
     }
     return asdict(row) | times | {"passed": passed, "ratios": ratios}
+
+
+def save_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Lines of a kind of their own, in the place of those of an earlier run.
+
+    Raises:
+        SystemExit: the file holds lines of another kind, which stay.
+    """
+    head = list(lines[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            if next(csv.reader(file), head) != head:
+                raise SystemExit(f"{path} holds other columns than these, and stays as it is")
+    write_csv(head, lines, path)
 
 
 def write_csv(head: Sequence[str], lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -764,7 +764,7 @@ def main() -> None:
             draw(scores, pictures, of, pixels).savefig(given.figure)
     print_table(lines)
     if given.csv:
-        measure.write_csv(list(lines[0]), lines, given.csv)
+        measure.save_csv(lines, given.csv)
 
 
 if __name__ == "__main__":

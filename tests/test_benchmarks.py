@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import bench_sliced_wasserstein, charts, measure, suite
+from benchmarks import bench_sliced_wasserstein, charts, measure, scaling, suite
 from benchmarks.measure import Row
 from benchmarks.suite import Asked
 
@@ -179,7 +181,7 @@ def test_gradients_of_few_directions_may_be_further_off() -> None:
     exact = torch.ones(()), torch.tensor([1.0, 0.0])
 
     def said(off: float, directions: int) -> str:
-        found = torch.ones(()), torch.tensor([1.0, off])
+        found = torch.ones(()), 2 * torch.tensor([1.0, off])  # of the sum of two
         return bench_sliced_wasserstein.agreement(found, exact, "binned", directions)
 
     for off, directions in ((0.09, 100), (0.09, 32), (0.19, 8), (0.5, 1)):
@@ -187,6 +189,110 @@ def test_gradients_of_few_directions_may_be_further_off() -> None:
     for off, directions in ((0.11, 100), (0.11, 32), (0.21, 8), (0.6, 1)):
         with pytest.raises(measure.WrongError, match=r"binned: .*gradient by"):
             said(off, directions)
+
+
+def test_a_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among the gradients, where what else there is is right."""
+    assert math.isnan(measure.worst([1.0, math.nan, 2.0])) and measure.worst([1.0, 2.0]) == 2
+    geglu, norm, cross, wide = (
+        importlib.import_module(f"benchmarks.bench_{name}")
+        for name in ("geglu", "group_norm_silu", "masked_cross_attention", "wide_attention")
+    )
+
+    def spoiled(call: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+        def other(*given: torch.Tensor) -> list[torch.Tensor]:
+            first, *gradients = call(*given)
+            return [first, *(one * math.nan for one in gradients)]
+
+        return other
+
+    x, y = torch.rand(3, 8), torch.rand(3, 4)
+    right = geglu.called(geglu.reference, True)
+    assert geglu.checked(right, (x, y), True)[1]
+    assert not geglu.checked(spoiled(right), (x, y), True)[1]
+    x, weights = torch.rand(2, 64, 4, 4), torch.rand(64)
+    right = norm.called(norm.plain, True)
+    assert norm.checked(right, (x, weights, weights, x), True)[1]
+    assert not norm.checked(spoiled(right), (x, weights, weights, x), True)[1]
+    right = wide.called(wide.plain, True)
+    given = tuple(torch.randn(4, 1, 64, wide.WIDTH))
+    assert wide.checked(right, given)[1] and not wide.checked(spoiled(right), given)[1]
+    found = [torch.ones(2), torch.ones(2)]
+    assert cross.error(found, found) == 0
+    assert math.isnan(cross.error([found[0], found[1] * math.nan], found))
+
+
+def test_a_spread_takes_more_than_one_sample() -> None:
+    assert measure.of_samples([4.0, 1.0, 2.0, 3.0, 9.0]) == (3.0, 1.0)
+    median, spread = measure.of_samples([5.0])
+    assert median == 5 and math.isnan(spread)
+
+
+def test_other_columns_are_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    measure.save_csv([{"a": 1}], path)
+    measure.save_csv([{"a": 2}], path)
+    assert path.read_text() == "a\n2\n"
+    with pytest.raises(SystemExit, match="other columns"):
+        measure.save_csv([{"b": 1}], path)
+    assert path.read_text() == "a\n2\n"
+
+
+def test_free_memory_where_no_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    assert scaling.available("cpu") > 0
+    monkeypatch.setattr(Path, "read_text", nothing)
+    assert scaling.available("cpu") == 2**33
+
+
+def test_gradients_of_many_float16_colors_are_told() -> None:
+    """Of the mean they would be below what float16 has."""
+    given = bench_sliced_wasserstein.Case(2**20, 1, torch.float16).inputs("cpu")[0]
+    exact = bench_sliced_wasserstein.exact_double(*given, ties=True)
+    ours = bench_sliced_wasserstein.Ours("reference", "exact").loss()
+    found = bench_sliced_wasserstein.with_gradient(ours)(*given)
+    bench_sliced_wasserstein.agreement(found, exact, "exact", 32)
+    peers = bench_sliced_wasserstein.with_gradient(bench_sliced_wasserstein.torch_sort)(*given)
+    assert peers[1].isfinite().all()
+
+
+def test_a_peer_that_fails_is_no_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("diffusers")
+    bench = importlib.import_module("benchmarks.bench_fast_decoder")
+    measure.skipped.cache_clear()
+
+    class Twice(torch.nn.Module):
+        factor = 2.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.factor * self.weight * x
+
+    @contextlib.contextmanager
+    def compiled(case: Any, mode: str | None) -> Iterator[Any]:
+        case.model.factor = 3.0
+        try:
+            yield case.model
+        finally:
+            case.model.factor = 2.0
+
+    def call(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(inputs["x"])
+
+    case = bench.Case("a", Twice(), ("torch.compile",), {"x": torch.ones(2)}, call, {})
+    monkeypatch.setattr(bench, "compiled", compiled)
+    asked = Asked("cpu", "full")
+    asked.ceilings.multiplying = lambda *_: measure.Work()
+    assert [one.implementation for one in bench.measured(case, asked)] == ["as it is"]
+    assert "torch.compile is skipped: a, torch.compile: off by 5" in capsys.readouterr().out
 
 
 def test_a_wrong_peer_is_told() -> None:

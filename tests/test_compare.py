@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def test_what_changed_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture
             "near": (1, 0),
             "old": (1, 0),
             "older": (1, 0),
+            "once": (1, math.nan),
+            "once, far": (1, math.nan),
         },
     )
     after = written(
@@ -43,11 +46,16 @@ def test_what_changed_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture
             "noisy": (1.3, 0.1),
             "near": (1.02, 0),
             "new": (1, 0),
+            "once": (1.3, math.nan),
+            "once, far": (1.7, math.nan),
         },
     )
     found, alone = compare.changes(before, after)
     verdicts = {one.key[1]: one.verdict(0.03) for one in found}
-    assert verdicts == {"slow": "slower", "fast": "faster", "noisy": "same", "near": "same"}
+    assert verdicts == {
+        "slow": "slower", "fast": "faster", "noisy": "same", "near": "same", "once": "same",
+        "once, far": "slower",
+    }  # fmt: skip
     assert {one.key[1]: one.verdict(0.01) for one in found}["near"] == "slower"
     assert [line.removeprefix("only in ") for line in alone] == [
         f"{before}: op: old, ours, bfloat16, graph, a GPU, and 1 more",
@@ -56,8 +64,10 @@ def test_what_changed_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert compare.main([str(before), str(after)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[-3:-1]] == [["slower", "slow"], ["faster", "fast"]]
-    assert lines[-1] == "2 of 4 are the same within noise"
+    assert [line.split()[:2] for line in lines[-4:-1]] == [
+        ["slower", "once,"], ["slower", "slow"], ["faster", "fast"],
+    ]  # fmt: skip
+    assert lines[-1] == "3 of 6 are the same within noise"
     assert compare.main([str(after), str(after)]) == 0
 
 

@@ -226,8 +226,11 @@ def _row_of_each(side: Points | Kept, call: _Call, first: int, slots: int) -> Te
     """Projections [slots, n] of a pass's slots, of a kept set in order."""
     if isinstance(side, Points):
         return _rows(side.points, call.directions, first, slots)
-    rows = side.values.expand(len(call.values), -1, -1).flatten(0, 1)
-    return rows[first : first + slots]
+    rows = side.values.flatten(0, 1)
+    if len(rows) == call.values.numel():
+        return rows[first : first + slots]
+    # The same for all batch elements: of a pass alone, lest memory grow with the batch.
+    return rows[torch.arange(first, first + slots, device=rows.device) % len(rows)]
 
 
 def _pull_few(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import sys
@@ -873,6 +874,21 @@ def test_exact_of_sets_that_fit_a_block(
         gradients = 1e-2 if (kind, p) == ("outlier", 1) and n > 16384 else 2e-3
         error, limit = (ours - exact).norm(), 1e-6 if ours.dim() == 2 else gradients
         assert error <= limit * exact.norm(), (error, exact.norm(), ours.dim())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_pass_has_its_rows_of_what_was_sorted(rows: int) -> None:
+    """Also where one set is kept for all batch elements, and without a copy for each of them."""
+    module = importlib.import_module("sdcore.ops.sliced_wasserstein_cuda_exact")
+    kept = module.Kept(torch.rand(rows, 3, 4), torch.empty(0))
+    x = module.Points(torch.rand(2, 4, 3), None)
+    call = module._Call(
+        x, kept, torch.rand(3, 3), 1, None, 1.0, (True, False), torch.empty(2, 3), []
+    )
+    whole = kept.values.expand(2, -1, -1).reshape(-1, 4)
+    for first, slots in ((0, 6), (0, 2), (2, 3), (5, 1)):
+        found = module._row_of_each(kept, call, first, slots)
+        assert found.equal(whole[first : first + slots]) and found.is_contiguous()
 
 
 @pytest.mark.parametrize("platform", platforms("cuda"))
