@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds sdcore with the Python, torch and nvcc of this machine and tests it on the machine's GPU.
-# Needs no network: torch, pytest, setuptools, pybind11 and ninja must be installed. Nothing is
-# installed outside build/gpu.
+# Needs no network: torch, pytest, setuptools, pybind11, ninja and Pillow must be installed, and for
+# methods what the extra "diffusers" brings. Nothing is installed outside build/gpu.
 #
 #   bash benchmarks/gpu.sh [tests] [sanitize] [bench]     (default: all three)
 #

@@ -85,7 +85,8 @@ class Method:
     def within(self, module: Any) -> contextlib.AbstractContextManager[None]:
         """Around each call of the UNet, and each of the VAE's ``encode`` and ``decode``: a context
         in which the module itself computes in another way, whichever method calls it. A method
-        that has it also goes on bare modules, of which it is then the only part that is called."""
+        that has it also goes on bare modules: it is then the only part around calls, and ``check``
+        and ``removed`` are told the module."""
         raise TypeError(
             f"{type(self).__name__} works on pipelines, and not on a bare {type(module).__name__}"
         )

@@ -18,18 +18,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_python_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order in which it is read, from the folder that the README is in."""
     pytest.importorskip("PIL", reason="reads a picture")
     pytest.importorskip("diffusers")
-    from tests import pipelines
-
     monkeypatch.chdir(README.parent)
-    names: dict[str, object] = {"pipe": pipelines.small(pipelines.words(tmp_path))}
+    names: dict[str, object] = {}
     exec(compile("\n".join(blocks("python")), "README.md", "exec"), names)
     assert isinstance(names["image"], torch.Tensor) and names["image"].grad is not None
     assert isinstance(names["loss"], torch.Tensor) and names["loss"] > 0
-    assert len(names["observe"].records) == pipelines.STEPS  # type: ignore[attr-defined]
+    assert len(names["observe"].records) == 4  # type: ignore[attr-defined]
 
 
 def test_commands_exist() -> None:
