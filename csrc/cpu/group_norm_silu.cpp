@@ -16,25 +16,6 @@ constexpr int64_t kBlock = 1024;        // pixels of a channel that are read at 
 constexpr int64_t kTaskValues = 16384;  // of a task: what it reads twice stays in the cache
 constexpr int kFew = 64;                // values added up before their sum is kept as a double
 
-// Vectors of 32 bytes. GCC 12 keeps those of simd.h's 64 on the stack where the chip's are of 32, and
-// adding up then took four times as long; and what is done here is bound by memory before a chip
-// with wider ones could tell.
-template <typename Real>
-struct Lanes;
-
-template <>
-struct Lanes<float> {
-  static constexpr int width = 8;
-  typedef float Vector __attribute__((vector_size(32)));
-  typedef int32_t Index __attribute__((vector_size(32)));
-};
-
-template <>
-struct Lanes<double> {
-  static constexpr int width = 4;
-  typedef double Vector __attribute__((vector_size(32)));
-};
-
 // Values that lie side by side: pixels of one channel, or all channels of a pixel.
 struct Run {
   int64_t offset, count;
@@ -107,16 +88,16 @@ void write(const GroupNormArguments& args, void* data, const Run& run, const Rea
 }
 
 template <typename Real>
-SDCORE_INLINE typename Lanes<Real>::Vector loaded(const Real* from) {
-  typename Lanes<Real>::Vector found;
+SDCORE_INLINE typename Simd<Real>::Vector loaded(const Real* from) {
+  typename Simd<Real>::Vector found;
   std::memcpy(&found, from, sizeof found);
   return found;
 }
 
 template <typename Real>
 SDCORE_CLONES double sum(const Real* value, int64_t count) {
-  constexpr int width = Lanes<Real>::width;
-  typename Lanes<Real>::Vector total{};
+  constexpr int width = Simd<Real>::width;
+  typename Simd<Real>::Vector total{};
   int64_t i = 0;
   for (; i + width <= count; i += width) total += loaded(value + i);
   double found = 0;
@@ -133,8 +114,8 @@ SDCORE_CLONES void multiply(Real* value, const Real* by, int64_t count) {
 // Takes a number off each value, and adds up what is left.
 template <typename Real>
 SDCORE_CLONES double subtract_and_sum(Real* value, Real other, int64_t count) {
-  constexpr int width = Lanes<Real>::width;
-  typename Lanes<Real>::Vector total{};
+  constexpr int width = Simd<Real>::width;
+  typename Simd<Real>::Vector total{};
   int64_t i = 0;
   for (; i + width <= count; i += width) {
     const auto off = loaded(value + i) - other;
@@ -149,8 +130,8 @@ SDCORE_CLONES double subtract_and_sum(Real* value, Real other, int64_t count) {
 
 template <typename Real>
 SDCORE_CLONES double sum_of_squares_off(const Real* value, Real mean, int64_t count) {
-  constexpr int width = Lanes<Real>::width;
-  typename Lanes<Real>::Vector total{};
+  constexpr int width = Simd<Real>::width;
+  typename Simd<Real>::Vector total{};
   int64_t i = 0;
   for (; i + width <= count; i += width) {
     const auto off = loaded(value + i) - mean;
@@ -216,9 +197,9 @@ class Sums {
 
 // e to the power of each value, to some 1e-7 of it; of what would overflow, or be no normal number,
 // the largest or least that is none of it. NaN stays.
-SDCORE_INLINE Lanes<float>::Vector exponential(const Lanes<float>::Vector& power_of_e) {
-  using Vector = Lanes<float>::Vector;
-  using Index = Lanes<float>::Index;
+SDCORE_INLINE Simd<float>::Vector exponential(const Simd<float>::Vector& power_of_e) {
+  using Vector = Simd<float>::Vector;
+  using Index = Simd<float>::Index;
   const Vector low = Vector{} - 87.0f, high = Vector{} + 88.0f;
   Vector x = power_of_e < low ? low : power_of_e;
   x = x > high ? high : x;
@@ -239,23 +220,23 @@ SDCORE_INLINE Lanes<float>::Vector exponential(const Lanes<float>::Vector& power
   return p * factor;
 }
 
-SDCORE_INLINE Lanes<double>::Vector exponential(const Lanes<double>::Vector& x) {
-  Lanes<double>::Vector found;
-  for (int lane = 0; lane < Lanes<double>::width; ++lane) found[lane] = std::exp(x[lane]);
+SDCORE_INLINE Simd<double>::Vector exponential(const Simd<double>::Vector& x) {
+  Simd<double>::Vector found;
+  for (int lane = 0; lane < Simd<double>::width; ++lane) found[lane] = std::exp(x[lane]);
   return found;
 }
 
 // 1 / (1 + e^-z)
 template <typename Real>
 SDCORE_CLONES void sigmoid(const Real* z, Real* out, int64_t count) {
-  constexpr int width = Lanes<Real>::width;
+  constexpr int width = Simd<Real>::width;
   int64_t i = 0;
   for (; i + width <= count; i += width) {
     const auto found = Real(1) / (Real(1) + exponential(-loaded(z + i)));
     std::memcpy(out + i, &found, sizeof found);
   }
   if (i < count) {
-    typename Lanes<Real>::Vector rest{};
+    typename Simd<Real>::Vector rest{};
     std::memcpy(&rest, z + i, (count - i) * sizeof(Real));
     rest = Real(1) / (Real(1) + exponential(-rest));
     std::memcpy(out + i, &rest, (count - i) * sizeof(Real));
@@ -269,7 +250,7 @@ struct Norm {
 
   explicit Norm(int64_t channels) {
     for (auto* one : {&center, &rest, &scale, &weight, &bias}) {
-      one->resize(channels + Lanes<Real>::width);
+      one->resize(channels + Simd<Real>::width);
     }
   }
 };
@@ -290,20 +271,20 @@ SDCORE_CLONES void affine(const Real* value, const Real* weight, const Real* bia
 // The same for values that lie side by side.
 template <typename Real>
 struct Vectors {
-  typename Lanes<Real>::Vector center, rest, scale, weight, bias;
+  typename Simd<Real>::Vector center, rest, scale, weight, bias;
 };
 
 template <int kStep, typename Real>
 SDCORE_INLINE Vectors<Real> vectors_of(const Norm<Real>& norm, int64_t i) {
   const auto of = [i](const std::vector<Real>& from) {
     if constexpr (kStep == 1) return loaded(from.data() + i);
-    return typename Lanes<Real>::Vector{} + from[0];
+    return typename Simd<Real>::Vector{} + from[0];
   };
   return {of(norm.center), of(norm.rest), of(norm.scale), of(norm.weight), of(norm.bias)};
 }
 
 template <bool kSilu, typename Real>
-SDCORE_INLINE typename Lanes<Real>::Vector activated(const typename Lanes<Real>::Vector& value,
+SDCORE_INLINE typename Simd<Real>::Vector activated(const typename Simd<Real>::Vector& value,
                                                      const Vectors<Real>& by) {
   const auto z = ((value - by.center) - by.rest) * by.scale * by.weight + by.bias;
   if constexpr (kSilu) return z / (Real(1) + exponential(-z));
@@ -313,7 +294,7 @@ SDCORE_INLINE typename Lanes<Real>::Vector activated(const typename Lanes<Real>:
 // Values to what comes of them, in one pass.
 template <int kStep, bool kSilu, typename Real>
 SDCORE_CLONES void activate(Real* value, const Norm<Real>& norm, int64_t count) {
-  constexpr int width = Lanes<Real>::width;
+  constexpr int width = Simd<Real>::width;
   Vectors<Real> by = vectors_of<kStep>(norm, 0);
   int64_t i = 0;
   for (; i + width <= count; i += width) {
@@ -323,7 +304,7 @@ SDCORE_CLONES void activate(Real* value, const Norm<Real>& norm, int64_t count) 
   }
   if (i == count) return;
   if constexpr (kStep == 1) by = vectors_of<kStep>(norm, i);
-  typename Lanes<Real>::Vector rest{};
+  typename Simd<Real>::Vector rest{};
   std::memcpy(&rest, value + i, (count - i) * sizeof(Real));
   rest = activated<kSilu, Real>(rest, by);
   std::memcpy(value + i, &rest, (count - i) * sizeof(Real));
@@ -570,8 +551,8 @@ void backward(const GroupNormBackwardArguments& args) {
       along[i] = Real(alongs[group]);
     }
     with_runs(task, [&](const Run& run, const Norm<Real>& norm, Real* normal, Real* grad, Real* z) {
-      pulled<kStep>(grad, normal, norm.scale.data(), norm.weight.data(), common.data(), along.data(), z,
-             run.count);
+      pulled<kStep>(grad, normal, norm.scale.data(), norm.weight.data(), common.data(),
+                    along.data(), z, run.count);
       if (args.more) {
         read(given, args.more, run, normal);
         add<1>(z, normal, run.count);
