@@ -1,6 +1,6 @@
 // Vectors of 32 bytes, and one copy of a function per instruction set, chosen when it is loaded. GCC
 // 12 keeps vectors of 64 on the stack where the chip's own are of 32: binning then took twice as
-// long, and adding up four times.
+// long.
 #pragma once
 
 #include <cstdint>

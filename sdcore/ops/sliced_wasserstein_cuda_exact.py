@@ -2,8 +2,8 @@
 
 Work memory comes from torch's allocator, which keeps it for this stream. A pass takes some slots,
 pairs of a batch element and a direction, so that memory is bounded. Their number follows from
-sizes, or from free memory where that is short; but for the rounding of matrix products, with points
-of more than four coordinates, it changes no result.
+sizes, or from free memory where that is short (but for sets that one block sorts); except for the
+rounding of matrix products, with points of more than four coordinates, it changes no result.
 """
 
 from __future__ import annotations
