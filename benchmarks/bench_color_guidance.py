@@ -18,8 +18,9 @@ Ways:
   and a decoding. The image's time is their sum, with each as often as there are of it.
 - "upstream", with --upstream: the inner loop of the original code, imported from a checkout at
   PATH (``do_sw_guidance`` of the class in ``sw_guidance/sdxl_sw_pipeline.py``), of SDXL alone: that
-  of Stable Diffusion 1.5 is no function. What follows it is as in "published". The sample that it
-  moves is compared with that of "published", with the same rotations and without a bootstrap.
+  of Stable Diffusion 1.5 is no function. What follows it is as in "published". Both take each step
+  in turns; the peak of memory is of both. The sample that it moves is compared with that of
+  "published", with the same rotations and without a bootstrap.
 - "vectorized sort, eager": the published loop, with the loss in one matrix product and one sort,
   weights frozen, and nothing done that has no effect. Timed in parts as well.
 - "vectorized sort, torch.compile", with --full or where --ways asks for it, because it takes
@@ -305,13 +306,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return 1e3 * (synchronized() - start), found
 
 
-def parts_of(case: Case, pipe: Any, loop: Callable[..., Tensor], *, as_published: bool) -> Parts:
-    """``loop``: the sample moved by its control, of the sample, its time step and the number of
-    iterations."""
+def parts_of(
+    case: Case, ways: dict[str, tuple[Any, Callable[..., Tensor]]], *, as_published: bool
+) -> dict[str, Parts]:
+    """Of each way: a pipeline, and a loop, which is the sample moved by its control, of the sample,
+    its time step and the number of iterations. All ways take each step in turns, so that a host
+    that slows down does so for all."""
     apart = case.apart and as_published
-    guided, after, plain = [], [], []
+    guided, after, plain, decoding = ({name: [] for name in ways} for _ in range(4))
 
-    def one_step(x: Tensor, t: Tensor, after_a_guided: bool) -> tuple[float, Tensor]:
+    def one_step(pipe: Any, x: Tensor, t: Tensor, after_a_guided: bool) -> tuple[float, Tensor]:
         guided = after_a_guided and as_published
         return timed(
             lambda: sw_guidance.step(pipe, x, t, case.texts, case.scale, guided=guided, apart=apart)
@@ -319,18 +323,26 @@ def parts_of(case: Case, pipe: Any, loop: Callable[..., Tensor], *, as_published
 
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    pipe.scheduler.set_timesteps(case.steps, device=case.latents.device)
-    times, x = pipe.scheduler.timesteps, case.latents
+    case.pipe.scheduler.set_timesteps(case.steps, device=case.latents.device)
+    times, samples = case.pipe.scheduler.timesteps, dict.fromkeys(ways, case.latents)
     # The first of each warms up.
     for t, inner_steps in zip(times, (2, case.inner_steps, case.inner_steps), strict=False):
-        taken, moved = timed(functools.partial(loop, x, t, inner_steps))
-        guided.append(taken)
-        taken, x = one_step(moved, t, True)
-        after.append(taken)
+        for name, (pipe, loop) in ways.items():
+            taken, moved = timed(functools.partial(loop, samples[name], t, inner_steps))
+            guided[name].append(taken)
+            taken, samples[name] = one_step(pipe, moved, t, True)
+            after[name].append(taken)
     for _ in range(3):
-        plain.append(one_step(x, times[-1], False)[0])
-    decoding = [timed(lambda: sw_guidance.decoded(pipe, x))[0] for _ in range(2)]
-    return Parts(guided[1:], min(after[1:]), min(plain[1:]), decoding[-1])
+        for name, (pipe, _) in ways.items():
+            plain[name].append(one_step(pipe, samples[name], times[-1], False)[0])
+    for _ in range(2):
+        for name, (pipe, _) in ways.items():
+            x = samples[name]
+            decoding[name].append(timed(functools.partial(sw_guidance.decoded, pipe, x))[0])
+    return {
+        name: Parts(guided[name][1:], min(after[name][1:]), min(plain[name][1:]), decoding[name][1])
+        for name in ways
+    }
 
 
 def loop_of(case: Case, pipe: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
@@ -660,25 +672,32 @@ def measured(case: Case, asked: Asked) -> Iterator[Row]:
     if not names:
         return
     check = Check(case)
+
+    def of_published() -> Iterator[Row]:
+        """In our words, and the original code."""
+        ways, said = {}, {}
+        if PUBLISHED in names:
+            ways[PUBLISHED] = case.pipe, loop_of(case, case.pipe, case.published)
+            what = f"the peer, off by {check.published:.1e} from {check.wanted.dtype}"
+            said[PUBLISHED] = what.replace("torch.", "")
+        if UPSTREAM in names:
+            module, theirs = original(case, path)
+            off = original_differs(case, module, theirs)
+            ways[UPSTREAM] = theirs, original_loop(case, theirs)
+            said[UPSTREAM] = f"differs from published by {off:.1e}"
+        released()
+        for name, parts in parts_of(case, ways, as_published=True).items():
+            yield of_parts(name, parts, said[name], None, looped)
+
     looped = whole = work_of(case, at_one_size(case), asked.ceilings)
     if "sides" in case.published:
         whole = work_of(case, at_one_size(case) | {"sides": None}, asked.ceilings)
+    yield from of_published()
     for name in names:
+        if name in (PUBLISHED, UPSTREAM):
+            continue
         released()
-        if name == PUBLISHED:
-            parts = parts_of(
-                case, case.pipe, loop_of(case, case.pipe, case.published), as_published=True
-            )
-            what = f"the peer, off by {check.published:.1e} from {check.wanted.dtype}"
-            yield of_parts(name, parts, what.replace("torch.", ""), None, looped)
-        elif name == UPSTREAM:
-            module, theirs = original(case, path)
-            off = original_differs(case, module, theirs)
-            released()
-            parts = parts_of(case, theirs, original_loop(case, theirs), as_published=True)
-            yield of_parts(name, parts, f"differs from published by {off:.1e}", None, looped)
-            del module, theirs
-        elif name in PRESETS:
+        if name in PRESETS:
             quality = PRESETS[name] == "quality"
             verdict = check(our_control(case)) if quality else "another algorithm"
             released()
@@ -702,8 +721,9 @@ def measured(case: Case, asked: Asked) -> Iterator[Row]:
                     print(f"{name}: no row. {error}")
                     continue
                 released()
-                parts = parts_of(case, pipe, loop_of(case, pipe, options), as_published=False)
-            yield of_parts(name, parts, verdict, True, looped)
+                ways = {name: (pipe, loop_of(case, pipe, options))}
+                parts = parts_of(case, ways, as_published=False)
+            yield of_parts(name, parts[name], verdict, True, looped)
 
 
 def part_rows(case: Case, image: float) -> Iterator[Row]:

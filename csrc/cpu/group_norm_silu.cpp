@@ -95,13 +95,19 @@ SDCORE_INLINE typename Simd<Real>::Vector loaded(const Real* from) {
 }
 
 template <typename Real>
+SDCORE_INLINE double sum_of_lanes(const typename Simd<Real>::Vector& lanes) {
+  double found = 0;
+  for (int lane = 0; lane < Simd<Real>::width; ++lane) found += double(lanes[lane]);
+  return found;
+}
+
+template <typename Real>
 SDCORE_CLONES double sum(const Real* value, int64_t count) {
   constexpr int width = Simd<Real>::width;
   typename Simd<Real>::Vector total{};
   int64_t i = 0;
   for (; i + width <= count; i += width) total += loaded(value + i);
-  double found = 0;
-  for (int lane = 0; lane < width; ++lane) found += double(total[lane]);
+  double found = sum_of_lanes<Real>(total);
   for (; i < count; ++i) found += double(value[i]);
   return found;
 }
@@ -122,8 +128,7 @@ SDCORE_CLONES double subtract_and_sum(Real* value, Real other, int64_t count) {
     std::memcpy(value + i, &off, sizeof off);
     total += off;
   }
-  double found = 0;
-  for (int lane = 0; lane < width; ++lane) found += double(total[lane]);
+  double found = sum_of_lanes<Real>(total);
   for (; i < count; ++i) found += double(value[i] -= other);
   return found;
 }
@@ -137,8 +142,7 @@ SDCORE_CLONES double sum_of_squares_off(const Real* value, Real mean, int64_t co
     const auto off = loaded(value + i) - mean;
     total += off * off;
   }
-  double found = 0;
-  for (int lane = 0; lane < width; ++lane) found += double(total[lane]);
+  double found = sum_of_lanes<Real>(total);
   for (; i < count; ++i) found += double((value[i] - mean) * (value[i] - mean));
   return found;
 }
@@ -158,9 +162,9 @@ SDCORE_CLONES void add(Real* value, const Real* other, int64_t count) {
   for (int64_t i = 0; i < count; ++i) value[i] += other[i * kStep];
 }
 
-template <int kStep, typename Real>
+template <typename Real>
 SDCORE_CLONES void subtract(Real* value, const Real* other, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) value[i] -= other[i * kStep];
+  for (int64_t i = 0; i < count; ++i) value[i] -= other[i];
 }
 
 // The sums of a task's channels.
@@ -383,6 +387,60 @@ Norm<Real> norm_of(const Division& by, int64_t task, const std::vector<Real>& or
   return norm;
 }
 
+// What a task finds of its values less their group's origin: the mean of each of its channels, and
+// the sum of squares off it.
+struct Found {
+  double *means, *squares;
+};
+
+// Of one channel, a block at a time, which is read once.
+template <typename Real>
+void find_of_channel(const Division& by, int64_t task, Real origin, Real shift, Found found) {
+  Scratch<Real, 2> scratch(by.widest());
+  Real *const value = scratch[0], *const other = scratch[1];
+  double there = 0;
+  by.for_runs(task, [&](const Run& run) {
+    read_total<0>(by.args, run, &shift, value, other, false);
+    const double number = double(run.count);
+    const double of_run = subtract_and_sum(value, origin, run.count) / number;
+    const double gap = of_run - *found.means, share = number / (there + number);
+    *found.squares +=
+        sum_of_squares_off(value, Real(of_run), run.count) + gap * gap * there * share;
+    *found.means += gap * share;
+    there += number;
+  });
+}
+
+// Of all channels of some pixels, which are read twice.
+template <typename Real>
+void find_of_pixels(const Division& by, int64_t task, const Real* origin, const Real* shift,
+                    Found found) {
+  const int64_t count = by.channels();
+  Scratch<Real, 2> scratch(by.widest());
+  Real *const value = scratch[0], *const other = scratch[1];
+  Sums<Real> sums(true, count), about(true, count);
+  by.for_runs(task, [&](const Run& run) {
+    read_total<1>(by.args, run, shift, value, other, false);
+    subtract(value, origin, run.count);
+    sums.add(value, run.count);
+  });
+  const double pixels = double(by.end(task) - by.first(task));
+  const auto& added = sums.found();
+  std::vector<Real> mean(count);
+  for (int64_t c = 0; c < count; ++c) {
+    found.means[c] = added[c] / pixels;
+    mean[c] = Real(found.means[c]);
+  }
+  by.for_runs(task, [&](const Run& run) {
+    read_total<1>(by.args, run, shift, value, other, true);
+    subtract(value, origin, run.count);
+    square_off(value, mean.data(), run.count);
+    about.add(value, run.count);
+  });
+  const auto& off = about.found();
+  std::copy(off.begin(), off.end(), found.squares);
+}
+
 template <int kStep, typename Real>
 void statistics(const Division& by, const std::vector<Real>& origin) {
   const GroupNormArguments& args = by.args;
@@ -390,48 +448,18 @@ void statistics(const Division& by, const std::vector<Real>& origin) {
   std::vector<double> means(args.batch * by.parts * args.channels), squares(means.size());
   parallel_for(by.tasks(), args.threads, [&](int64_t task) {
     const int64_t b = by.b(task), channel = by.channel(task), count = by.channels();
-    Scratch<Real, 2> scratch(by.widest());
-    Real *const value = scratch[0], *const other = scratch[1];
-    std::vector<Real> from(count), mean(count), shift(count);
+    std::vector<Real> from(count), shift(count);
     for (int64_t i = 0; i < count; ++i) {
       from[i] = origin[b * args.groups + (channel + i) / width];
       if (args.shift) shift[i] = Real(args.shift[b * args.channels + channel + i]);
     }
     const int64_t place = by.place(b, by.part(task), channel);
-    if constexpr (kStep == 0) {  // a block at a time, which is read once
-      double there = 0;
-      by.for_runs(task, [&](const Run& run) {
-        read_total<0>(args, run, shift.data(), value, other, false);
-        const double number = double(run.count);
-        const double of_run = subtract_and_sum(value, from[0], run.count) / number;
-        const double gap = of_run - means[place], share = number / (there + number);
-        squares[place] += sum_of_squares_off(value, Real(of_run), run.count) +
-                          gap * gap * there * share;
-        means[place] += gap * share;
-        there += number;
-      });
-      return;
+    const Found found{&means[place], &squares[place]};
+    if constexpr (kStep == 0) {
+      find_of_channel(by, task, from[0], shift[0], found);
+    } else {
+      find_of_pixels(by, task, from.data(), shift.data(), found);
     }
-    Sums<Real> sums(args.last, count), about(args.last, count);
-    by.for_runs(task, [&](const Run& run) {
-      read_total<kStep>(args, run, shift.data(), value, other, false);
-      subtract<kStep>(value, from.data(), run.count);
-      sums.add(value, run.count);
-    });
-    const double pixels = double(by.end(task) - by.first(task));
-    const auto& added = sums.found();
-    for (int64_t c = 0; c < count; ++c) {
-      means[place + c] = added[c] / pixels;
-      mean[c] = Real(means[place + c]);
-    }
-    by.for_runs(task, [&](const Run& run) {
-      read_total<kStep>(args, run, shift.data(), value, other, true);
-      subtract<kStep>(value, from.data(), run.count);
-      square_off(value, mean.data(), run.count);
-      about.add(value, run.count);
-    });
-    const auto& off = about.found();
-    std::copy(off.begin(), off.end(), squares.begin() + place);
   });
   for (int64_t i = 0; i < args.batch * args.groups; ++i) {
     const int64_t b = i / args.groups, c = i % args.groups * width;

@@ -5,6 +5,7 @@
 #include <cub/block/block_scan.cuh>
 #include <type_traits>
 
+#include "chip.h"
 #include "fixed.cuh"
 #include "launch.cuh"
 #include "ordered.cuh"
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kKeysPoints = 8;     // of a thread, in registers while the directions come by
+constexpr int kProjectBlocks = 4;  // of a multiprocessor, if there are directions for as many
 constexpr int kTransportThreads = 256;
 constexpr int kTransportBlocks = 4;  // of a multiprocessor, which wait at different times
 // Sorted points of a block: many, so that those of a bucket make runs worth writing, and few enough
@@ -29,6 +31,8 @@ constexpr int kBucketBits = 12;
 constexpr int kMostBucketBytes = 1 << 16;  // in shared memory
 constexpr int kMostBuckets = 1024;
 constexpr int kFewTies = 8;  // are looked at one by one
+constexpr int kPullFew = 64;    // points of a block
+constexpr int kPullAhead = 32;  // slots, whose loads are on their way together
 constexpr int kPullThreads = 512;
 constexpr int kPullEach = (1 << kBucketBits) / kPullThreads;
 constexpr int kPrefixEach = 8;
@@ -64,23 +68,27 @@ __global__ void grid_kernel(GridArguments work) {
   work.poison[slot] = bad;
 }
 
-// Calls `emit` with row, point and projection of all points of a pass.
+// Calls `emit` with row, point and projection of all points of a pass. A block projects its tile of
+// points along all directions of its group: the more groups, the more blocks.
 template <typename Real, int D>
 struct Projecting {
   Points points;
   const Real* directions;
   Pass pass;
-  int64_t first_batch, tiles;
+  int64_t first_batch, tiles, groups;
 
   template <typename Begin, typename Emit>
   __device__ __forceinline__ void run(Begin&& begin, Emit&& emit) const {
     constexpr int P = kKeysPoints;
-    const int64_t b = first_batch + blockIdx.x / tiles;
+    const int64_t b = first_batch + blockIdx.x / (tiles * groups);
+    const int64_t group = blockIdx.x / tiles % groups;
     const int64_t at = blockIdx.x % tiles * (P * kThreads) + threadIdx.x;
     Real x[P][D];
     load<Real, D, P>(points, b, at, kThreads, x);
-    const int64_t from = max(pass.first, b * pass.directions);
-    const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
+    const int64_t first = max(pass.first, b * pass.directions);
+    const int64_t end = min(pass.first + pass.slots, (b + 1) * pass.directions);
+    const int64_t from = first + (end - first) * group / groups;
+    const int64_t to = first + (end - first) * (group + 1) / groups;
     for (int64_t slot = from; slot < to; ++slot) {
       Real theta[D];
 #pragma unroll
@@ -742,27 +750,44 @@ __device__ __forceinline__ void end_pull(const PullArguments& work, int64_t b, i
 
 // A point's slopes of all directions of the pass, times these.
 template <typename Real, int D>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPullFew)
     pull_kernel(PullArguments work, int64_t first_batch, int64_t tiles) {
+  __shared__ Real directions[kPullAhead][D], pulls[kPullAhead];
   const Pass& pass = work.pass;
   const int64_t b = first_batch + blockIdx.x / tiles, n = work.from.count;
-  const int64_t i = blockIdx.x % tiles * kThreads + threadIdx.x;
-  if (i >= n) return;
+  const int64_t i = blockIdx.x % tiles * kPullFew + threadIdx.x;
   const int64_t from = max(pass.first, b * pass.directions);
   const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
-  const Real* slopes = static_cast<const Real*>(work.from.slopes) + i;
+  const Real* slopes = static_cast<const Real*>(work.from.slopes) + min(i, n - 1);
   const Real* grad = static_cast<const Real*>(work.grad);
-  Real sum[D];
-  begin_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
-#pragma unroll 8
-  for (int64_t slot = from; slot < to; ++slot) {
+  Real sum[D] = {};
+  if (i < n) begin_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
+  for (int64_t slot = from; slot < to; slot += kPullAhead) {
+    const int some = static_cast<int>(min(to - slot, int64_t(kPullAhead)));
+    Real slope[kPullAhead];
+#pragma unroll
+    for (int k = 0; k < kPullAhead; ++k) {
+      slope[k] = k < some ? *slopes : Real(0);
+      slopes += n;
+    }
+    __syncthreads();
     const Real* theta =
         static_cast<const Real*>(work.directions.data) + (slot - b * pass.directions) * D;
-    const Real slope = slopes[(slot - pass.first) * n] * (grad ? __ldg(grad + slot) : Real(1));
+    for (int e = threadIdx.x; e < kPullAhead * D; e += kPullFew) {
+      directions[e / D][e % D] = e < some * D ? theta[e] : Real(0);
+    }
+    for (int k = threadIdx.x; k < kPullAhead; k += kPullFew) {
+      pulls[k] = grad && k < some ? grad[slot + k] : Real(1);
+    }
+    __syncthreads();
 #pragma unroll
-    for (int k = 0; k < D; ++k) sum[k] = fma(slope, __ldg(theta + k), sum[k]);
+    for (int k = 0; k < kPullAhead; ++k) {
+      const Real pull = slope[k] * pulls[k];
+#pragma unroll
+      for (int c = 0; c < D; ++c) sum[c] = fma(pull, directions[k][c], sum[c]);
+    }
   }
-  end_pull<Real, D>(work, b, i, to == (b + 1) * pass.directions, sum);
+  if (i < n) end_pull<Real, D>(work, b, i, to == (b + 1) * pass.directions, sum);
 }
 
 // Slopes of one bucket of each of the pass's slots, in shared memory in the order of their points.
@@ -867,15 +892,19 @@ struct Batches {
 
 template <typename Body>
 void with_projecting(const Points& points, const Directions& directions, const Pass& pass,
-                     Body&& body) {
+                     int device, Body&& body) {
   with_real(points.format == Format::float64, [&](auto zero) {
     using Real = decltype(zero);
     with_dim(points.dim, [&](auto dim) {
       const Batches batches(pass);
       const int64_t tiles = ceil_div(points.count, kThreads * kKeysPoints);
+      // Points read again for each group cost less than multiprocessors without a block.
+      const int64_t wanted = int64_t(kProjectBlocks) * chip(device).multiprocessors;
+      const int64_t groups =
+          std::clamp<int64_t>(wanted / (tiles * batches.count), 1, pass.directions);
       const Projecting<Real, dim> projecting{
-          points, static_cast<const Real*>(directions.data), pass, batches.first, tiles};
-      body(projecting, grid(tiles * batches.count), zero, dim);
+          points, static_cast<const Real*>(directions.data), pass, batches.first, tiles, groups};
+      body(projecting, grid(tiles * groups * batches.count), zero, dim);
     });
   });
 }
@@ -893,7 +922,7 @@ void sliced_wasserstein_grid(const GridArguments& a, Place place) {
 
 void sliced_wasserstein_keys(const KeysArguments& a, Place place) {
   const DeviceGuard guard(place.device);
-  with_projecting(a.points, a.directions, a.pass,
+  with_projecting(a.points, a.directions, a.pass, place.device,
                   [&](auto projecting, unsigned blocks, auto zero, auto dim) {
                     using Real = decltype(zero);
                     keys_kernel<Real, dim><<<blocks, kThreads, 0, stream_of(place)>>>(
@@ -906,7 +935,7 @@ void sliced_wasserstein_keys(const KeysArguments& a, Place place) {
 void sliced_wasserstein_project(const Points& points, const Directions& directions,
                                 const Pass& pass, void* out, Place place) {
   const DeviceGuard guard(place.device);
-  with_projecting(points, directions, pass,
+  with_projecting(points, directions, pass, place.device,
                   [&](auto projecting, unsigned blocks, auto zero, auto dim) {
                     using Real = decltype(zero);
                     project_kernel<Real, dim><<<blocks, kThreads, 0, stream_of(place)>>>(
@@ -1017,9 +1046,9 @@ void sliced_wasserstein_pull(const PullArguments& a, Place place) {
         check(cudaGetLastError(), "the launch of pull_buckets_kernel");
         return;
       }
-      const int64_t tiles = ceil_div(a.from.count, kThreads);
+      const int64_t tiles = ceil_div(a.from.count, kPullFew);
       pull_kernel<Real, dim>
-          <<<grid(tiles * batches.count), kThreads, 0, stream>>>(a, batches.first, tiles);
+          <<<grid(tiles * batches.count), kPullFew, 0, stream>>>(a, batches.first, tiles);
       check(cudaGetLastError(), "the launch of pull_kernel");
     });
   });

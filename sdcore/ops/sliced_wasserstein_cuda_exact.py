@@ -200,7 +200,10 @@ def _solve_small(call: _Call) -> None:
     neither is different from the other."""
     n, count = _count(call.x), len(call.directions)
     few = call.x.points.shape[-1] <= MOST_COORDINATES
-    for first, slots in _passes(call.values.numel(), max(1, KEYS_OF_A_PASS // n)):
+    # Both sides' projections and slopes, in float32.
+    most = min(max(1, KEYS_OF_A_PASS // n), call.values.numel())
+    most = _that_fit(most, 3 * 4 * n, call.values.device)
+    for first, slots in _passes(call.values.numel(), most):
         rows = [_row_of_each(side, call, first, slots) for side in (call.x, call.y)]
         found = call.values.view(-1)[first : first + slots]
         for side in [side for side in (0, 1) if call.need[side]] or [0]:
@@ -320,14 +323,11 @@ class _Problem:
 
     def passes(self) -> Iterator[tuple[int, int, int]]:
         """First slot, slots, directions."""
-        most = _slots(self.most)
         slots = self.batch * self.count
         real = self.directions.element_size()
         # Keys and numbers twice, levels and moments: what a slot takes at the most.
         each = sum(_count(side) * (2 * (real + 4) + 16) for side in self.sides)
-        # While a graph is captured, sizes alone decide.
-        if min(most, slots) * each > LITTLE and not torch.cuda.is_current_stream_capturing():
-            most = min(most, max(1, _free(self.directions.device) // each))
+        most = _that_fit(min(_slots(self.most), slots), each, self.directions.device)
         for first, some in _passes(slots, most):
             yield first, some, self.count
 
@@ -484,6 +484,16 @@ def _free(device: torch.device) -> int:
     """Bytes that a pass may take: half of what the driver and PyTorch's cache have left."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+
+
+def _that_fit(slots: int, each: int, device: torch.device) -> int:
+    """Of a pass's slots, of ``each`` bytes, those that memory has room for.
+
+    Room for little is not asked for, and while a graph is captured, sizes alone decide.
+    """
+    if slots * each <= LITTLE or torch.cuda.is_current_stream_capturing():
+        return slots
+    return min(slots, max(1, _free(device) // each))
 
 
 def _passes(slots: int, most: int) -> Iterator[tuple[int, int]]:

@@ -1289,9 +1289,9 @@ def test_memory_of_binned(platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("platform", platforms("cuda"))
-def test_memory_of_exact(platform: Platform) -> None:
+@pytest.mark.parametrize("n, count", [(1_000_000, 512), (16_384, 4096)])
+def test_memory_of_exact(platform: Platform, n: int, count: int) -> None:
     """A bounded number of directions at a time, fewer where memory is short; always the same."""
-    n, count = 1_000_000, 512
     x = torch.rand(n, 3, device="cuda", requires_grad=True)
     y = torch.rand(n, 3, device="cuda")
     directions = torch.randn(count, 3, device="cuda")
