@@ -758,7 +758,8 @@ __global__ void __launch_bounds__(kPullFew)
   const int64_t i = blockIdx.x % tiles * kPullFew + threadIdx.x;
   const int64_t from = max(pass.first, b * pass.directions);
   const int64_t to = min(pass.first + pass.slots, (b + 1) * pass.directions);
-  const Real* slopes = static_cast<const Real*>(work.from.slopes) + min(i, n - 1);
+  const Real* slopes = static_cast<const Real*>(work.from.slopes);
+  slopes += (from - pass.first) * n + min(i, n - 1);
   const Real* grad = static_cast<const Real*>(work.grad);
   Real sum[D] = {};
   if (i < n) begin_pull<Real, D>(work, b, i, from > b * pass.directions, sum);
