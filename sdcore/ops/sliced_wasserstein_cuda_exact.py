@@ -196,33 +196,38 @@ def _is_small(call: _Call) -> bool:
 
 
 def _solve_small(call: _Call) -> None:
-    """Values, and then the slopes of one side after the other: with as many points of equal weight
-    neither is different from the other."""
-    n, count = _count(call.x), len(call.directions)
-    few = call.x.points.shape[-1] <= MOST_COORDINATES
+    n = _count(call.x)
     # Both sides' projections and slopes, in float32.
     most = min(max(1, KEYS_OF_A_PASS // n), call.values.numel())
     most = _that_fit(most, 3 * 4 * n, call.values.device)
     for first, slots in _passes(call.values.numel(), most):
-        rows = [_row_of_each(side, call, first, slots) for side in (call.x, call.y)]
-        found = call.values.view(-1)[first : first + slots]
-        for side in [side for side in (0, 1) if call.need[side]] or [0]:
-            slopes = torch.empty_like(rows[0]) if call.need[side] else None
-            backends.cuda_module().sliced_wasserstein_small(
-                rows[side].data_ptr(),
-                rows[1 - side].data_ptr(),
-                slots,
-                n,
-                call.p,
-                found.data_ptr(),
-                address(slopes),
-                math.nan if few else 0.0,
-                place(found),
-            )
-            if slopes is not None and few:
-                _pull_few(call, side, (slopes.data_ptr(), 0, 0, n), (first, slots, count))
-            elif slopes is not None:
-                _pull_many(call, side, slopes, first, 1 / n)
+        _solve_small_pass(call, first, slots)
+
+
+def _solve_small_pass(call: _Call, first: int, slots: int) -> None:
+    """Values, and then the slopes of one side after the other: with as many points of equal weight
+    neither is different from the other."""
+    n, count = _count(call.x), len(call.directions)
+    few = call.x.points.shape[-1] <= MOST_COORDINATES
+    rows = [_row_of_each(side, call, first, slots) for side in (call.x, call.y)]
+    found = call.values.view(-1)[first : first + slots]
+    slopes = torch.empty_like(rows[0]) if any(call.need) else None
+    for side in [side for side in (0, 1) if call.need[side]] or [0]:
+        backends.cuda_module().sliced_wasserstein_small(
+            rows[side].data_ptr(),
+            rows[1 - side].data_ptr(),
+            slots,
+            n,
+            call.p,
+            found.data_ptr(),
+            address(slopes),
+            math.nan if few else 0.0,
+            place(found),
+        )
+        if slopes is not None and few:
+            _pull_few(call, side, (slopes.data_ptr(), 0, 0, n), (first, slots, count))
+        elif slopes is not None:
+            _pull_many(call, side, slopes, first, 1 / n)
 
 
 def _row_of_each(side: Points | Kept, call: _Call, first: int, slots: int) -> Tensor:
