@@ -50,7 +50,6 @@ import functools
 import gc
 import importlib.util
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,8 +150,7 @@ def large(kind: str, device: str, dtype: torch.dtype) -> Any:
         last.bias.zero_()
         noise = torch.randn(1, 4, 32, 32, device=device).to(dtype)
         last.weight *= 0.5 / vae.decode(noise).sample.std()
-    with tempfile.TemporaryDirectory() as folder:
-        words = models.vocabulary(Path(folder))
+    words = models.kept_vocabulary()
     # Both models' own, but for its kind.
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,

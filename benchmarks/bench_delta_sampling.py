@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -148,8 +147,7 @@ def cases(device: str, full: bool) -> list[Case]:
         for pipe in (v1, v2):
             pipe.set_progress_bar_config(disable=True)
         return [Case("embedded v1 and a LoRA to v2", v2, v1, lora, world.SIZE)]
-    with tempfile.TemporaryDirectory() as folder:
-        words = models.vocabulary(Path(folder))
+    words = models.kept_vocabulary()
     old = _pipeline(_unet(device, SD15), "sd", "epsilon", words, device)
     new = _pipeline(_unet(device, SD21), "sd", "v_prediction", words, device)
     xl = _pipeline(_unet(device, bench_patching.SDXL), "xl", "epsilon", words, device)

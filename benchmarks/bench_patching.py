@@ -15,10 +15,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +77,7 @@ def pipeline(device: str, full: bool) -> tuple[StableDiffusionXLPipeline, dict[s
         pooled = 1280
     else:
         unet, pooled = models.unet("xl").to(device), models.TEXTS["xl"][1][0]
-    with tempfile.TemporaryDirectory() as folder:
-        words = models.vocabulary(Path(folder))
+    words = models.kept_vocabulary()
     pipe = StableDiffusionXLPipeline(
         vae=models.autoencoder("xl").to(device),
         unet=unet.eval(),

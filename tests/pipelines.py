@@ -17,8 +17,8 @@ FAMILIES = ("SD", "SDXL")
 KINDS = ("text-to-image", "ControlNet")
 
 
-def words(folder: Any) -> CLIPTokenizer:
-    return models.vocabulary(folder)
+def words() -> CLIPTokenizer:
+    return models.kept_vocabulary()
 
 
 def pipeline(family: str, kind: str, tokens: CLIPTokenizer) -> Any:

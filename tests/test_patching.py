@@ -35,8 +35,8 @@ OTHERS = [
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
+def tokens() -> Any:
+    return pipelines.words()
 
 
 class NoOp(Method):

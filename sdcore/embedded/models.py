@@ -25,7 +25,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sdcore.embedded import tokenizer, world
+from sdcore.embedded import FOLDER, tokenizer, world
 
 LATENT_SIDE = world.SIZE // 4
 TIMESTEPS = 1000
@@ -156,9 +156,14 @@ def pipeline(
 
 
 def vocabulary(folder: Path) -> CLIPTokenizer:
-    """The tokenizer, of which ``folder`` gets the files."""
+    """The tokenizer, learned anew, which takes seconds; ``folder`` gets its files."""
     tokenizer.write(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def kept_vocabulary() -> CLIPTokenizer:
+    """The same, as it lies beside the trained models."""
+    return CLIPTokenizer.from_pretrained(FOLDER / "v1" / "tokenizer")
 
 
 def parameters(*parts: torch.nn.Module) -> int:

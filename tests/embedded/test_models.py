@@ -463,6 +463,7 @@ def test_each_word_of_the_world_is_a_token(trained: Path) -> None:
         assert tokens == [f"{word}</w>" for word in plain]
         assert len(tokens) + 2 <= tokenizer.LENGTH
     assert words.unk_token_id not in words("Zyklop №7 …", add_special_tokens=False).input_ids
+    assert models.kept_vocabulary().get_vocab() == words.get_vocab()
 
 
 def test_the_models_are_small() -> None:
