@@ -17,8 +17,12 @@ FAMILIES = ("SD", "SDXL")
 KINDS = ("text-to-image", "ControlNet")
 
 
-def words() -> CLIPTokenizer:
-    return models.kept_vocabulary()
+def words(folder: Any = None) -> CLIPTokenizer:
+    """The embedded models' tokenizer, which knows its path; ``folder``: that of a copy."""
+    if folder is None:
+        return models.kept_vocabulary()
+    models.kept_vocabulary().save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def pipeline(family: str, kind: str, tokens: CLIPTokenizer) -> Any:
