@@ -17,10 +17,9 @@ FAMILIES = ("SD", "SDXL")
 KINDS = ("text-to-image", "ControlNet")
 
 
-def words(folder: Any = None) -> CLIPTokenizer:
-    """The embedded models' tokenizer, which knows its path; ``folder``: that of a copy."""
-    if folder is None:
-        return models.kept_vocabulary()
+def words(folder: Any) -> CLIPTokenizer:
+    """From a copy in ``folder``. A tokenizer knows its path, and that of the package's own has the
+    library's name, for which pickles of pipelines are searched."""
     models.kept_vocabulary().save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 

@@ -36,7 +36,6 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    # Pickles are searched for the library's name, which is in the path of its own files.
     return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 

@@ -31,8 +31,8 @@ FEW = {"inner_steps": 2, "rotations": 3, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Any:
-    return pipelines.words()
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 def off(images: Tensor, palette: sdcore.Palette = PALETTE) -> Tensor:

@@ -31,8 +31,8 @@ CLOSE = {"rtol": 0, "atol": 2e-4}  # of pictures in [0, 1]
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Any:
-    return pipelines.words()
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 def vae(

@@ -33,8 +33,8 @@ TOKENS = 7
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Any:
-    return pipelines.words()
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 def unet(family: str) -> Any:

@@ -13,8 +13,8 @@ from tests import pipelines
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Any:
-    return pipelines.words()
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 def norm(values: torch.Tensor) -> float:

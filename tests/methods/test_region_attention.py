@@ -29,8 +29,8 @@ RED_CIRCLE, BLUE_SQUARE = [2, 3], [6, 7, 8]
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Any:
-    return pipelines.words()
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
