@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of small pipelines."""
+    pytest.importorskip("diffusers")
+    from tests import pipelines
+
+    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,11 +19,6 @@ from sdcore.ops import random_rotations
 from tests import pipelines
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     np.random.seed(0)

@@ -31,12 +31,11 @@ def code(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pipe(tokens: Any) -> Any:
     """One for all pages: to make it takes longer than to run most of them."""
-    pytest.importorskip("diffusers")
     from tests import pipelines
 
-    return pipelines.small(pipelines.words(tmp_path_factory.mktemp("words")), steps=2)
+    return pipelines.small(tokens, steps=2)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code(page)])

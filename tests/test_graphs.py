@@ -78,14 +78,13 @@ def test_layouts_tell_calls_apart() -> None:
     assert tensors[0].equal(torch.ones(2, 3))
 
 
-def test_what_settings_tell_apart(tmp_path: Any) -> None:
-    pytest.importorskip("diffusers")
+def test_what_settings_tell_apart(tokens: Any) -> None:
     peft = pytest.importorskip("peft")
     from diffusers.models import attention_processor
 
     from tests import pipelines
 
-    pipe = pipelines.pipeline("SD", "text-to-image", pipelines.words(tmp_path))
+    pipe = pipelines.pipeline("SD", "text-to-image", tokens)
     unet = pipe.unet
     states = [graphs.settings(unet)]
 

@@ -34,11 +34,6 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 class NoOp(Method):
     """Takes every part, and passes on what it is given."""
 

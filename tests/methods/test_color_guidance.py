@@ -30,11 +30,6 @@ PALETTE = sdcore.Palette.from_colors(["#ff8800", "#220044", "#88ccee"], [3, 1, 2
 FEW = {"inner_steps": 2, "rotations": 3, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 def off(images: Tensor, palette: sdcore.Palette = PALETTE) -> Tensor:
     """Of each picture."""
     generator = torch.Generator().manual_seed(5)

@@ -23,11 +23,6 @@ from tests.platforms import assert_as_good
 CLOSE = {"rtol": 0, "atol": 2e-4}  # of pictures in [0, 1]
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that the op is called with."""

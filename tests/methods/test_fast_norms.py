@@ -30,11 +30,6 @@ EVERY = [(family, kind) for family in pipelines.FAMILIES for kind in pipelines.K
 CLOSE = {"rtol": 0, "atol": 2e-4}  # of pictures in [0, 1]
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 def vae(
     dtype: torch.dtype = torch.float32, device: str = "cpu", **more: Any
 ) -> diffusers.AutoencoderKL:

@@ -32,11 +32,6 @@ NAME = {"SD": "v1", "SDXL": "xl"}
 TOKENS = 7
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 def unet(family: str) -> Any:
     torch.manual_seed(0)
     return models.unet(NAME[family]).eval().requires_grad_(False)

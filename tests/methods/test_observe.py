@@ -12,11 +12,6 @@ import sdcore
 from tests import pipelines
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
 def norm(values: torch.Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 

@@ -29,11 +29,6 @@ RED_CIRCLE, BLUE_SQUARE = [2, 3], [6, 7, 8]
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipelines.words(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def shared(tokens: Any) -> dict[str, Any]:
     """Pipelines for tests that change nothing of them."""
     return {family: pipelines.pipeline(family, TEXT, tokens) for family in pipelines.FAMILIES}
